@@ -1,0 +1,55 @@
+"""What a container should be: the output of a recipe, and all that the Docker side needs to know."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+from msgspec import Struct
+
+ENGINE_PORT = 8000
+WEIGHTS_DIR = "/model-store"
+ADAPTERS_DIR = "/loras"
+
+
+class Mount(Struct, frozen=True, order=True):
+    """A host directory or file inside the container, read-only unless said otherwise."""
+
+    source: str
+    target: str
+    read_only: bool = True
+
+
+class Probe(Struct, frozen=True):
+    """How to tell that an engine is ready.
+
+    `health_path` must answer 200; where `models_path` is set, it must list every name in `served_names` as well.
+    """
+
+    health_path: str
+    models_path: str | None = None
+    served_names: tuple[str, ...] = ()
+
+
+class ContainerSpec(Struct, frozen=True, kw_only=True):
+    """A container to be, without the GPUs (chosen when it starts) and without secret values (put in when it starts)."""
+
+    image: str
+    args: tuple[str, ...] = ()
+    """Appended to the image's entrypoint."""
+    env: dict[str, str] = {}
+    secret_env: dict[str, str] = {}
+    """Environment variable -> ref of the secret (`workspace/name`) whose value it gets."""
+    mounts: tuple[Mount, ...] = ()
+    probe: Probe
+    gpus: int = 0
+    port: int = ENGINE_PORT
+    shm_bytes: int | None = None
+    user: str | None = None
+    policy: str = "generic"
+    """Which paths the gateway lets through: `vllm`, `nim` or `generic`."""
+
+
+def spec_hash(wish: object) -> str:
+    """A short name of a wish: 12 hex digits over its canonical JSON."""
+    return hashlib.sha256(msgspec.json.encode(wish, order="sorted")).hexdigest()[:12]
