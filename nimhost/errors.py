@@ -203,7 +203,6 @@ STATUS: dict[type[NimhostError], int] = {
     NotReady: 503,
     UpstreamError: 502,
     UpstreamTimeout: 504,
-    HostError: 500,
     DockerUnavailable: 503,
     DiskFull: 507,
     HubUnavailable: 502,
