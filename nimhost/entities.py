@@ -6,10 +6,13 @@ as one object; only the wish has versions, and only a changed wish wakes the rec
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType, defstruct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, field
 from msgspec.structs import fields as struct_fields
+from msgspec.structs import replace
+
+from nimhost.errors import AlreadyExists, NotFound
 
 Json = dict[str, Any]
 
@@ -215,7 +218,7 @@ class DeployModelSpec(Wish, frozen=True, kw_only=True):
 
 
 class ExecutorConfig(Wish, frozen=True, kw_only=True):
-    gpu: int
+    gpu: Annotated[int, Meta(ge=0, le=1024)]
     disk_size: str = "50Gi"
     image_name: str | None = None
     image_tag: str | None = None
@@ -254,30 +257,45 @@ class HistoryEntry(Struct, frozen=True):
     status_message: str
 
 
-class Failure(Struct, frozen=True, kw_only=True):
-    """Why the last attempt under `spec_hash` failed. `final`: only a changed wish can help."""
+HISTORY_LIMIT = 100
 
-    spec_hash: str
+
+class Failure(Struct, frozen=True, kw_only=True):
+    """Why the last attempt did not work. `final`: only a changed wish, or a person who says `start`, can help."""
+
     message: str
     final: bool
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """What must survive a restart of the daemon about how a deployment is being brought up."""
+    """How bringing a deployment up is going: what a restart of the daemon must not forget.
 
-    spec_hash: str | None = None
-    """The wish that `container`, `image_id` and `attempts` belong to."""
+    Times are Unix times in seconds, 0 for never.
+    """
+
+    spec_hash: str = ""
+    """The wish that all the rest belongs to; another wish starts from a fresh Run."""
     image_id: str | None = None
-    """The image that this wish was resolved to at its first start: later tags do not move it."""
+    """The image this wish was resolved to at its first start: a tag that moves later does not change it."""
+    commit: str | None = None
+    """The commit of the weights, likewise."""
+    resolved: Json | None = None
+    """The ContainerSpec, likewise: a new nimhost or a new default never changes what a wish became."""
     attempts: int = 0
-    """Failed runs in a row."""
+    """Failures in a row."""
     retry_at: float = 0.0
-    """Unix time before which no new attempt is made."""
-    started_at: float = 0.0
-    """Unix time of the last start."""
-    ready_container: str | None = None
-    """Id of the container that has been READY, so that a slow start and a broken engine can be told apart."""
+    """No new attempt before this time."""
     failure: Failure | None = None
+    started_at: float = 0.0
+    """The last start of a container."""
+    ready_at: float = 0.0
+    """When `ready_container` became READY."""
+    ready_container: str | None = None
+    """The container that has been READY: tells an engine that broke from one that is still loading."""
+    exited_container: str | None = None
+    """The container whose exit is already counted in `attempts`."""
+    waiting_since: float = 0.0
+    """When it began to wait for GPUs: its place in the queue."""
 
 
 class DeploymentStatus(Struct, frozen=True, kw_only=True):
@@ -286,6 +304,13 @@ class DeploymentStatus(Struct, frozen=True, kw_only=True):
     status_history: list[HistoryEntry] = []
     model_provider_id: str | None = None
     run: Run = Run()
+
+    def moved(self, status: Status, message: str, time: str) -> DeploymentStatus:
+        """With another status and message, and the history that ends with them. The same ones change nothing."""
+        if self.status_history and (self.status, self.status_message) == (status, message):
+            return self
+        history = [*self.status_history, HistoryEntry(time, status, message)][-HISTORY_LIMIT:]
+        return replace(self, status=status, status_message=message, status_history=history)
 
 
 # --- providers -----------------------------------------------------------------------------------------------------
@@ -314,6 +339,8 @@ class ProviderStatus(Struct, frozen=True, kw_only=True):
     status: Status = "CREATED"
     status_message: str = "Model provider created"
     served_models: list[ServedModel] = []
+    host_url: str | None = None
+    """Where a deployment's engine listens now; None: what the wish says."""
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -341,19 +368,54 @@ class Kind(Struct, frozen=True, kw_only=True):
     delete_code: int = 204
     page_size: int = 100
     page_size_max: int = 1000
+    pages_when_empty: int = 0
+    """`total_pages` of an empty list."""
     sort: str | None = "created_at"
     sortable: tuple[str, ...] = ("name", "created_at", "updated_at")
     filterable: tuple[str, ...] = ()
+    json_paths: dict[str, str] = {}
+    """Where a filterable field is kept, if not under its own name."""
+    secret: tuple[str, ...] = ()
+    """Wish fields that the vault seals; never in a reply."""
     hidden: tuple[str, ...] = ()
     """Stored fields that no reply shows."""
+    internal: tuple[str, ...] = ()
+    """Wish fields that only nimhost sets."""
+    settable_status: tuple[str, ...] = ()
+    """Status fields that a create or replace may carry."""
+    empty_for_null: tuple[str, ...] = ()
+    """Text fields that replies show as "" rather than null."""
+    kept: tuple[str, ...] = ()
+    """Fields that an update keeps when it does not name them, though it replaces the rest."""
+    list_nulls: bool = False
+    """Lists show fields that are null."""
+    fixed: Json = {}
+    """Reply fields that never vary here, for clients that look for them."""
     has_id: bool = True
+    missing: str = "{label} '{workspace}/{name}' not found"
+    taken: str = "{label} with workspace '{workspace}' and name '{name}' already exists"
     cli: str
     """The command group, e.g. `inference providers`."""
+
+    @property
+    def versioned(self) -> bool:
+        return self.update == "VERSION"
 
     def path(self, workspace: str) -> str:
         base = f"/apis/{self.service}/v2"
         return f"{base}/workspaces/{workspace}/{self.key}" if self.in_workspace else f"{base}/{self.key}"
 
+    def not_found(self, workspace: str, name: str) -> NotFound:
+        return NotFound(self.missing.format(label=self.label, workspace=workspace, name=name))
+
+    def already_exists(self, workspace: str, name: str) -> AlreadyExists:
+        return AlreadyExists(self.taken.format(label=self.label, workspace=workspace, name=name))
+
+
+NOBODY: Json = {
+    "principal_id": "", "principal_email": None, "principal_groups": [], "principal_on_behalf_of": None,
+    "principal_on_behalf_of_groups": None, "principal_on_behalf_of_email": None,
+}  # fmt: skip
 
 KINDS: dict[str, Kind] = {
     kind.key: kind
@@ -361,38 +423,48 @@ KINDS: dict[str, Kind] = {
         Kind(
             key="workspaces", label="Workspace", id_prefix="workspace", service="entities", wish=Workspace,
             in_workspace=False, update="PUT", delete_code=200, sort="-created_at",
-            sortable=("created_at", "updated_at"), filterable=("description",), cli="workspaces",
+            sortable=("created_at", "updated_at"), filterable=("description",), list_nulls=True,
+            fixed={"created_by": None, "updated_by": None},
+            missing="Workspace '{name}' not found", taken="Workspace '{name}' already exists", cli="workspaces",
         ),
         Kind(
             key="secrets", label="Secret", id_prefix="secret", service="secrets", wish=Secret, page_size=10, sort=None,
-            sortable=(), hidden=("value",), has_id=False, cli="secrets",
+            sortable=(), secret=("value",), has_id=False,
+            missing="Secret {workspace}/{name} not found", taken="Secret '{workspace}/{name}' already exists",
+            cli="secrets",
         ),
         Kind(
             key="filesets", label="Fileset", id_prefix="fileset", service="files", wish=Fileset, create_code=200,
             delete_code=200, page_size=10, page_size_max=100, sort="-created_at", sortable=("name", "created_at"),
             updatable=("description", "project", "purpose", "metadata", "custom_fields", "storage"),
-            filterable=("description", "purpose", "storage_type"), hidden=("cache",), cli="files filesets",
+            filterable=("description", "purpose", "storage_type"), json_paths={"storage_type": "storage.type"},
+            hidden=("cache",), empty_for_null=("description", "project"),
+            missing="Fileset '{name}' not found in workspace '{workspace}'",
+            taken="Fileset '{workspace}/{name}' already exists", cli="files filesets",
         ),
         Kind(
             key="models", label="Model", id_prefix="model", service="models", wish=Model,
-            filterable=("project", "base_model", "finetuning_type", "description", "fileset"), cli="models",
+            filterable=("project", "base_model", "finetuning_type", "description", "fileset"), fixed={"adapters": []},
+            missing="Model with workspace '{workspace}' and name '{name}' not found", cli="models",
         ),
         Kind(
             key="deployment-configs", label="Deployment config", id_prefix="model-deployment-config",
-            service="models", wish=DeploymentConfig, update="VERSION",
+            service="models", wish=DeploymentConfig, update="VERSION", pages_when_empty=1, kept=("project",),
             filterable=("project", "model_entity_id", "description", "engine"), cli="inference deployment-configs",
         ),
         Kind(
             key="deployments", label="Deployment", id_prefix="model-deployment", service="models", wish=Deployment,
-            status=DeploymentStatus, update="VERSION", delete_code=202,
+            status=DeploymentStatus, update="VERSION", delete_code=202, pages_when_empty=1,
             filterable=("project", "status", "config", "model_provider_id", "status_message"),
-            hidden=("run", "deleting"), cli="inference deployments",
+            hidden=("run", "deleting"), internal=("deleting",), kept=("project", "desired", "deleting"),
+            fixed={"auth_context": NOBODY}, cli="inference deployments",
         ),
         Kind(
             key="providers", label="Model provider", id_prefix="model-provider", service="models", wish=Provider,
-            status=ProviderStatus, update="PUT", upsert=True,
+            status=ProviderStatus, update="PUT", upsert=True, settable_status=("status", "status_message"),
             sortable=("name", "created_at", "updated_at", "status"),
             filterable=("project", "status", "model_deployment_id", "description", "host_url"),
+            fixed={"auth_context": NOBODY}, missing="Model provider not found: {workspace}/{name}",
             cli="inference providers",
         ),
     )
