@@ -23,12 +23,13 @@ class Mount(Struct, frozen=True, order=True):
 class Probe(Struct, frozen=True):
     """How to tell that an engine is ready.
 
-    `health_path` must answer 200; where `models_path` is set, it must list every name in `served_names` as well.
+    `health_path` answers 200, and `models_path` lists every name in `served_names`. An engine without served names
+    may have no model list at all.
     """
 
     health_path: str
-    models_path: str | None = None
     served_names: tuple[str, ...] = ()
+    models_path: str = "/v1/models"
 
 
 class ContainerSpec(Struct, frozen=True, kw_only=True):
