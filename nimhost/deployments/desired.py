@@ -1,0 +1,216 @@
+"""What is wanted: a deployment joined with everything it refers to, in one place. A missing reference is data. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from nimhost.engines.order import HostFacts, ModelOrder, Order
+from nimhost.engines.recipes import image_for, needs_weights
+from nimhost.engines.spec import spec_hash
+from nimhost.entities import (
+    DeploymentConfig,
+    DeploymentStatus,
+    DeployModelSpec,
+    Entity,
+    Fileset,
+    HuggingFaceStorage,
+    LocalStorage,
+    Model,
+)
+from nimhost.errors import NimhostError
+from nimhost.refs import Ref, is_name
+
+Find = Callable[[str, str, str], Entity | None]
+"""(kind, workspace, name) -> the row, or None."""
+
+
+class HubWeights(Struct, frozen=True, kw_only=True):
+    """Weights that come from a Hugging Face repository."""
+
+    repo_id: str
+    revision: str
+    repo_type: str
+    endpoint: str | None
+    token_secret: Ref | None
+
+
+class LocalWeights(Struct, frozen=True, kw_only=True):
+    """Weights in a directory of this machine: a fileset's own, or a user's by reference."""
+
+    directory: str | None
+    """None: where the file storage keeps the files of `fileset`."""
+    fileset: Ref
+
+
+Weights = HubWeights | LocalWeights
+
+
+class Desired(Struct, frozen=True, kw_only=True):
+    """One deployment as it should be."""
+
+    entity: Entity
+    order: Order | None = None
+    image: str = ""
+    weights: Weights | None = None
+    hash: str = ""
+    problem: str | None = None
+    """Why it cannot be started as it is: a reference that is missing, a wish that makes no sense."""
+
+    @property
+    def ref(self) -> Ref:
+        return Ref(self.entity.workspace, self.entity.name)
+
+    @property
+    def status(self) -> DeploymentStatus:
+        status: DeploymentStatus = self.entity.status
+        return status
+
+    @property
+    def deleting(self) -> bool:
+        return bool(self.entity.wish.deleting)
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.entity.wish.desired == "stopped")
+
+    @property
+    def gpus(self) -> int:
+        return self.order.gpus if self.order else 0
+
+
+def join(entity: Entity, config: DeploymentConfig | None, find: Find, host: HostFacts) -> Desired:
+    """`entity` with what it refers to; `config` is the wish of the version it follows, None when it is gone."""
+    if config is None:
+        return Desired(entity=entity, problem=f"Deployment config '{entity.wish.config}' does not exist.")
+    order = _order(entity, config, find)
+    desired = Desired(entity=entity, order=order, hash=wish_hash(entity, config, order.model))
+    try:
+        image = image_for(order, host)
+        problem, weights = _weights(order, host, _resolved_commit(desired))
+    except NimhostError as error:
+        return msgspec.structs.replace(desired, problem=error.message)
+    return msgspec.structs.replace(desired, image=image, weights=weights, problem=problem)
+
+
+def model_ref(spec: DeployModelSpec, workspace: str) -> Ref | None:
+    """The entity a `model_spec` can point at. `{namespace: default, name: q}` and `{name: default/q}` are the same."""
+    name = (spec.model_name or "").partition("@")[0]
+    if spec.model_namespace is None and "/" in name:
+        namespace, _, name = name.partition("/")
+    else:
+        namespace = spec.model_namespace or workspace
+    return Ref(namespace, name) if is_name(namespace) and is_name(name) else None
+
+
+def wish_hash(entity: Entity, config: DeploymentConfig, model: ModelOrder | None) -> str:
+    """The identity of a wish. Only what a client decides is in it, and defaults are not: a new nimhost with new
+    fields, a new default image or a model spec that arrives late never restarts a healthy engine."""
+    wish = {
+        "engine": config.engine,
+        "model_spec": _changed(config.model_spec),
+        "executor_config": _changed(config.executor_config),
+        "fileset": str(model.fileset) if model and model.fileset else None,
+        "storage": _changed(model.storage) if model and model.storage else None,
+        "trust_remote_code": model.trust_remote_code if model else False,
+        "version": entity.version,
+    }
+    return spec_hash(wish)
+
+
+def _changed(value: Any) -> Any:
+    """A Struct as a dict of the fields that differ from their defaults."""
+    if not isinstance(value, Struct):
+        return value
+    found = {}
+    for f in msgspec.structs.fields(value):
+        current = getattr(value, f.name)
+        default = f.default_factory() if f.default_factory is not msgspec.NODEFAULT else f.default
+        if current != default:
+            found[f.encode_name] = _changed(current)
+    return found
+
+
+def _order(entity: Entity, config: DeploymentConfig, find: Find) -> Order:
+    ref = _config_model_ref(config, entity.workspace)
+    found = find("models", *ref) if ref else None
+    return Order(
+        ref=Ref(entity.workspace, entity.name),
+        engine=config.engine,
+        model_spec=config.model_spec,
+        executor=config.executor_config,
+        model=_model_order(found, find) if found else None,
+        model_ref=ref,
+    )
+
+
+def _config_model_ref(config: DeploymentConfig, workspace: str) -> Ref | None:
+    if config.model_entity_id and "/" in config.model_entity_id:
+        return Ref(*config.model_entity_id.split("/", 1))
+    return model_ref(config.model_spec, workspace)
+
+
+def _model_order(entity: Entity, find: Find) -> ModelOrder:
+    model: Model = entity.wish
+    fileset = _split(model.fileset, entity.workspace)
+    found = find("filesets", *fileset) if fileset else None
+    storage: Fileset | None = found.wish if found else None
+    return ModelOrder(
+        ref=Ref(entity.workspace, entity.name),
+        fileset=fileset,
+        storage=storage.storage if storage else None,
+        spec=model.spec,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _split(text: str | None, workspace: str) -> Ref | None:
+    if not text:
+        return None
+    first, slash, rest = text.partition("/")
+    return Ref(first, rest) if slash else Ref(workspace, first)
+
+
+def _resolved_commit(desired: Desired) -> str | None:
+    """The commit this very wish was resolved to when it first started."""
+    run = desired.status.run
+    return run.commit if run.spec_hash == desired.hash else None
+
+
+def _weights(order: Order, host: HostFacts, commit: str | None) -> tuple[str | None, Weights | None]:
+    """(why they cannot be had, where they are)."""
+    if not needs_weights(order, host):
+        return None, None
+    model = order.model
+    if model is None:
+        name = order.model_ref or order.label
+        if name is None:
+            return "This deployment needs weights, but model_spec.model_name names no model.", None
+        return f"This deployment needs weights, but the model entity {name} does not exist.", None
+    if model.fileset is None:
+        return f"Model {model.ref} has no fileset, so there are no weights to serve.", None
+    if model.storage is None:
+        return f"Fileset '{model.fileset}' of model {model.ref} does not exist.", None
+    return _located(model.fileset, model.storage, commit or order.revision)
+
+
+_UNSUPPORTED: Mapping[str, str] = {"NgcStorage": "Weights from NGC storage are not supported yet."}
+
+
+def _located(fileset: Ref, storage: Any, revision: str | None) -> tuple[str | None, Weights | None]:
+    match storage:
+        case HuggingFaceStorage():
+            return None, HubWeights(
+                repo_id=storage.repo_id,
+                revision=revision or storage.revision,
+                repo_type=storage.repo_type,
+                endpoint=storage.endpoint,
+                token_secret=_split(storage.token_secret, fileset.workspace),
+            )
+        case LocalStorage():
+            return None, LocalWeights(directory=storage.path, fileset=fileset)
+        case _:
+            return _UNSUPPORTED[type(storage).__name__], None

@@ -1,0 +1,200 @@
+"""Carrying out one action. A failure becomes an outcome; what it means is the plan's business."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from nimhost.config import Settings
+from nimhost.deployments.desired import Desired, HubWeights
+from nimhost.deployments.labels import Labels, container_name
+from nimhost.deployments.observe import Observer, repo_of, resolved_image
+from nimhost.deployments.observed import Located
+from nimhost.deployments.plan import Halt, Prepare, Remove, Start
+from nimhost.engines.order import HostFacts
+from nimhost.engines.recipes import cook
+from nimhost.engines.spec import WEIGHTS_DIR, ContainerSpec, Mount
+from nimhost.entities import Run
+from nimhost.errors import DiskFull, HostError, ImageNotFound, NimhostError, NotFound, WeightsMissing
+from nimhost.host.containers import GPU_ULIMITS, Containers, PullProgress
+from nimhost.host.weights import Weights, WeightsProgress
+from nimhost.refs import Ref
+
+log = logging.getLogger(__name__)
+
+NGC_REGISTRY = "nvcr.io"
+NGC_USER = "$oauthtoken"
+
+Secret = Callable[[Ref], Awaitable[str]]
+"""The value of a secret; raises NotFound."""
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """How far the preparation of one deployment is. In memory only; None for what is not being fetched."""
+
+    image: PullProgress | None = None
+    weights: WeightsProgress | None = None
+
+
+class Executor:
+    """Effects on Docker and the weights cache. `on_progress` hears of every step, on the loop."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        host: HostFacts,
+        containers: Containers,
+        weights: Weights,
+        observer: Observer,
+        secret: Secret,
+        on_progress: Callable[[Ref, Progress], None],
+    ) -> None:
+        self._settings = settings
+        self._host = host
+        self._containers = containers
+        self._weights = weights
+        self._observer = observer
+        self._secret = secret
+        self._on_progress = on_progress
+        self._progress: dict[Ref, Progress] = {}
+
+    async def prepare(self, action: Prepare, d: Desired) -> None:
+        """Image and weights side by side; the first failure stops the other and is the one that is raised."""
+        jobs = []
+        if action.image:
+            jobs.append(self._pull(d))
+        if action.weights:
+            jobs.append(self._fetch(d))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for job in jobs:
+                    group.create_task(job)
+        except* NimhostError as failures:
+            raise _first(failures) from None
+        finally:
+            self._progress.pop(d.ref, None)
+
+    async def resolve(self, d: Desired) -> Run:
+        """What the wish becomes on this machine; the answer of its first start is kept for all later ones.
+
+        Raises ImageNotFound or WeightsMissing when something went away since it was prepared.
+        """
+        run = d.status.run if d.status.run.spec_hash == d.hash else Run(spec_hash=d.hash)
+        if run.resolved is not None:
+            return run
+        located = await self._observer.locate(d.weights) if d.weights else None
+        if d.weights and located is None:
+            raise WeightsMissing("The model weights are no longer on this machine.")
+        image = await self._containers.image(resolved_image(d))
+        if image is None:
+            raise ImageNotFound(f"Image {d.image} is no longer on this machine.")
+        assert d.order is not None
+        spec = cook(d.order, _with_weights(self._host, located))
+        return msgspec.structs.replace(
+            run,
+            image_id=image.id,
+            commit=located.commit if located else None,
+            resolved=msgspec.to_builtins(spec),
+        )
+
+    async def start(self, action: Start, d: Desired, run: Run, owner: str, epoch: int) -> None:
+        spec = msgspec.convert(run.resolved, ContainerSpec)
+        await asyncio.to_thread(_make_directories, spec)
+        labels = Labels(
+            owner=owner,
+            deployment=d.ref,
+            version=d.entity.version,
+            hash=d.hash,
+            gpus=action.gpu_ids,
+            probe=spec.probe,
+            epoch=epoch,
+        )
+        docker = self._settings.docker
+        await self._containers.run(
+            spec,
+            name=container_name(d.ref, d.hash),
+            image_id=run.image_id,
+            env=await self._secret_env(spec),
+            labels=labels.encode(),
+            gpu_ids=action.gpu_ids,
+            ulimits={**(GPU_ULIMITS if spec.gpus else {}), **docker.ulimits},
+        )
+
+    async def remove(self, action: Remove) -> None:
+        for container in action.containers:
+            if not action.at_once:
+                await self._containers.stop(container, self._settings.docker.stop_timeout_s)
+            await self._containers.remove(container)
+
+    async def halt(self, action: Halt) -> None:
+        await self._containers.stop(action.container, self._settings.docker.stop_timeout_s)
+
+    async def _secret_env(self, spec: ContainerSpec) -> dict[str, str]:
+        """Secrets that exist; an engine that needs one that does not says so itself."""
+        found = {}
+        for variable, ref in spec.secret_env.items():
+            try:
+                found[variable] = await self._secret(Ref(*ref.split("/", 1)))
+            except NotFound:
+                continue
+        return found
+
+    async def _pull(self, d: Desired) -> None:
+        auth = None
+        if d.image.startswith(f"{NGC_REGISTRY}/"):
+            try:
+                auth = (NGC_USER, await self._secret(Ref("system", "ngc-api-key")))
+            except NotFound:
+                log.info("%s: pulling %s without an NGC API key", d.ref, d.image)
+        stall_timeout_s = self._settings.docker.pull_stall_timeout_s
+        await self._containers.pull(d.image, auth, lambda step: self._report(d.ref, image=step), stall_timeout_s)
+
+    async def _fetch(self, d: Desired) -> None:
+        assert d.weights is not None
+        if not isinstance(d.weights, HubWeights):
+            problem = await asyncio.to_thread(self._observer.local_problem, d.weights)
+            raise WeightsMissing(problem or f"The weights of {d.ref} came and went.")
+        token = await self._secret(d.weights.token_secret) if d.weights.token_secret else None
+        await self._weights.fetch(repo_of(d.weights), token, lambda step: self._report(d.ref, weights=step))
+
+    def _report(self, ref: Ref, **step: PullProgress | WeightsProgress) -> None:
+        progress = msgspec.structs.replace(self._progress.get(ref, Progress()), **step)
+        self._progress[ref] = progress
+        self._on_progress(ref, progress)
+
+    def progress(self, ref: Ref) -> Progress | None:
+        return self._progress.get(ref)
+
+
+def _with_weights(host: HostFacts, located: Located | None) -> HostFacts:
+    if located is None:
+        return host
+    path = f"{WEIGHTS_DIR}/{located.subdirectory}" if located.subdirectory else WEIGHTS_DIR
+    return msgspec.structs.replace(host, weights=Mount(located.source, WEIGHTS_DIR), weights_path=path)
+
+
+def _make_directories(spec: ContainerSpec) -> None:
+    """Directories that an engine writes to. NIM runs as a user of its own, so anybody may write."""
+    for mount in spec.mounts:
+        if not mount.read_only and not Path(mount.source).exists():
+            try:
+                os.makedirs(mount.source)
+                os.chmod(mount.source, 0o777)
+            except OSError as error:
+                cls = DiskFull if error.errno == 28 else HostError
+                raise cls(f"Cannot make the directory {mount.source}: {error.strerror}.") from None
+
+
+def _first(failures: BaseExceptionGroup[NimhostError]) -> NimhostError:
+    error: BaseException = failures
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, NimhostError)
+    return error

@@ -1,0 +1,292 @@
+"""The loop: wake, observe, plan, record, launch. The only writer of deployment statuses.
+
+It sleeps until something happened: a wish changed, Docker said something, a probe found something else, an action
+ended, a backoff is over. A tick with nothing to do changes nothing, so waking it once too often is harmless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from msgspec.structs import replace
+
+from nimhost.deployments.desired import Desired, join
+from nimhost.deployments.execute import Executor
+from nimhost.deployments.observe import Observer
+from nimhost.deployments.observed import Observed
+from nimhost.deployments.plan import Action, Cancel, Forget, Halt, Prepare, Remove, Start, Verdict, orphans, plan
+from nimhost.deployments.publish import forget, publish_absence, publish_engine
+from nimhost.deployments.retry import Limits, after_error
+from nimhost.engines.order import HostFacts
+from nimhost.entities import DeploymentConfig, DeploymentStatus, Entity, HistoryEntry, Run
+from nimhost.errors import DockerUnavailable, NimhostError
+from nimhost.host.containers import Containers
+from nimhost.store import Store, now
+
+log = logging.getLogger(__name__)
+
+HISTORY_LENGTH = 100
+RESYNC_S = 60.0
+"""A tick at least this often, in case an event was lost."""
+AFTER_ERROR_S = 5.0
+RECONNECT_S = (0.5, 5.0)
+"""First and longest pause between two tries to reach Docker."""
+
+
+class Reconciler:
+    """Makes the wishes true. `on_tick` gets every verdict, each time: routes are made from them."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        observer: Observer,
+        executor: Executor,
+        containers: Containers,
+        host: HostFacts,
+        limits: Limits,
+        on_tick: Callable[[tuple[Verdict, ...], Observed], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._observer = observer
+        self._executor = executor
+        self._containers = containers
+        self._host = host
+        self._limits = limits
+        self._on_tick = on_tick
+        self._wake = asyncio.Event()
+        self._recording = asyncio.Lock()
+        self._in_flight: dict[str, tuple[Action, asyncio.Task[None]]] = {}
+        self._sweeping: dict[str, asyncio.Task[None]] = {}
+        self._not_before: dict[str, float] = {}
+        self.problem: str | None = None
+        """Why the loop does not get on, for `/status`; None while it does."""
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Containers keep running; what was in flight is continued by the next daemon."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_docker(), name="docker events")
+            group.create_task(self._watch_store(), name="store changes")
+            try:
+                await self._loop()
+            finally:
+                await self._abandon()
+
+    async def _loop(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                pause_s = await self._tick()
+                self.problem = None
+            except Exception as error:
+                # The one supervisor must outlive its own mistakes: say so, show it in /status, try again.
+                log.exception("reconciling failed")
+                self.problem = f"{type(error).__name__}: {error}"
+                pause_s = AFTER_ERROR_S
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._wake.wait()
+
+    async def _tick(self) -> float:
+        """One round; how long to sleep at most."""
+        async with self._recording:
+            desired = await self._read_desired()
+            observed = await self._observer.read(desired)
+            now_s = time.time()
+            in_flight = {key: action for key, (action, _) in self._in_flight.items()}
+            verdicts = plan(desired, observed, in_flight, now_s, self._limits)
+            current = [v for v in verdicts if await self._record(v)]
+        for verdict in current:
+            self._launch(verdict, now_s)
+        self._sweep(orphans(observed.instances, desired))
+        await self._on_tick(verdicts, observed)
+        times = [v.wake_at for v in verdicts if v.wake_at is not None] + list(self._not_before.values())
+        return max(0.05, min([RESYNC_S, *(at - now_s for at in times if at > now_s)]))
+
+    async def _read_desired(self) -> tuple[Desired, ...]:
+        rows: dict[str, dict[tuple[str, str], Entity]] = {}
+        for kind in ("deployments", "deployment-configs", "models", "filesets"):
+            rows[kind] = {(e.workspace, e.name): e for e in await self._store.all(kind)}
+
+        def find(kind: str, workspace: str, name: str) -> Entity | None:
+            return rows[kind].get((workspace, name))
+
+        return tuple(
+            [
+                join(entity, await self._config_of(entity, find), find, self._host)
+                for entity in rows["deployments"].values()
+            ]
+        )
+
+    async def _config_of(
+        self, deployment: Entity, find: Callable[[str, str, str], Entity | None]
+    ) -> DeploymentConfig | None:
+        """The config version it is pinned to, else the latest."""
+        config = find("deployment-configs", deployment.workspace, deployment.wish.config)
+        pinned = deployment.wish.config_version
+        if config is None or pinned is None or pinned == config.version:
+            return config.wish if config else None
+        versions = await self._store.versions("deployment-configs", config.workspace, config.name)
+        return next((v.wish for v in versions if v.version == pinned), None)
+
+    async def _record(self, v: Verdict) -> bool:
+        """Store what was found out; False when the wish moved on meanwhile, so that the verdict is void."""
+        before: DeploymentStatus = v.desired.status
+        after = with_status(replace(before, run=v.run), v.status, v.message)
+        if v.status == "READY" and after.model_provider_id is None:
+            after = replace(after, model_provider_id=str(v.desired.ref))
+        if after != before and not await self._store.set_status(v.desired.entity, after):
+            self.wake()
+            return False
+        if v.instance is not None and v.status == "READY":
+            await publish_engine(self._store, v.desired, v.instance)
+        elif after.status != before.status:
+            await publish_absence(self._store, v.desired, after)
+        return True
+
+    def _launch(self, v: Verdict, now_s: float) -> None:
+        key = v.desired.entity.id
+        match v.action:
+            case None:
+                return
+            case Cancel():
+                self._in_flight[key][1].cancel()
+            case _ if key not in self._in_flight and self._not_before.get(key, 0.0) <= now_s:
+                self._not_before.pop(key, None)
+                task = asyncio.create_task(self._carry_out(v, v.action), name=f"{v.action} {v.desired.ref}")
+                self._in_flight[key] = (v.action, task)
+
+    async def _carry_out(self, v: Verdict, action: Action) -> None:
+        d = v.desired
+        try:
+            await self._perform(d, action)
+        except DockerUnavailable:
+            log.info("%s: Docker went away during %s", d.ref, type(action).__name__)
+        except NimhostError as error:
+            log.warning("%s: %s", d.ref, error.message)
+            await self._count_failure(d, action, error)
+        except Exception:
+            # An action must end in an outcome whatever happens in it, or its deployment would hang for ever.
+            log.exception("%s: %s failed", d.ref, type(action).__name__)
+            await self._count_failure(d, action, NimhostError("An unexpected error occurred; see the daemon's log."))
+        finally:
+            del self._in_flight[d.entity.id]
+            self.wake()
+
+    async def _perform(self, d: Desired, action: Action) -> None:
+        match action:
+            case Prepare():
+                await self._executor.prepare(action, d)
+                if action.image:
+                    await self._resolve_anew(d)
+            case Start():
+                run = replace(await self._executor.resolve(d), started_at=time.time())
+                started = await self._begin_start(d, run)
+                if started is not None:
+                    await self._executor.start(action, d, run, self._store.owner, started)
+            case Remove():
+                await self._executor.remove(action)
+            case Halt():
+                await self._executor.halt(action)
+            case Forget():
+                await forget(self._store, d)
+            case Cancel():
+                raise AssertionError("a cancellation is not carried out, it ends what is")
+
+    async def _begin_start(self, d: Desired, run: Run) -> int | None:
+        """Remember a start before it happens; its number, or None when the wish moved on meanwhile."""
+        async with self._recording:
+            entity = await self._current(d)
+            if entity is None:
+                return None
+            async with self._store.transaction() as tx:
+                epoch = int(await tx.meta("epoch") or 0) + 1
+                await tx.set_meta("epoch", str(epoch))
+                await tx.set_status(entity, replace(entity.status, run=run))
+            self._observer.epoch = epoch
+            return epoch
+
+    async def _resolve_anew(self, d: Desired) -> None:
+        """An image that had to be fetched again may be another one: what the wish became is decided again."""
+        async with self._recording:
+            entity = await self._current(d)
+            if entity is not None and entity.status.run.image_id is not None:
+                run = replace(entity.status.run, image_id=None, resolved=None)
+                await self._store.set_status(entity, replace(entity.status, run=run))
+
+    async def _count_failure(self, d: Desired, action: Action, error: NimhostError) -> None:
+        """Prepare and Start count; what removes is simply tried again."""
+        if not isinstance(action, Prepare | Start):
+            self._not_before[d.entity.id] = time.time() + AFTER_ERROR_S
+            return
+        async with self._recording:
+            entity = await self._current(d)
+            if entity is None:
+                return
+            run = entity.status.run if entity.status.run.spec_hash == d.hash else Run(spec_hash=d.hash)
+            run = after_error(run, error, time.time(), self._limits)
+            await self._store.set_status(entity, replace(entity.status, run=run))
+
+    async def _current(self, d: Desired) -> Entity | None:
+        """The deployment as it is stored now, if its wish is still the one in `d`."""
+        entity = await self._store.find("deployments", *d.ref)
+        same = entity is not None and (entity.id, entity.generation) == (d.entity.id, d.entity.generation)
+        return entity if same else None
+
+    def _sweep(self, containers: list[str]) -> None:
+        for container in containers:
+            if container not in self._sweeping:
+                log.warning("removing container %s: no deployment stands for it", container[:12])
+                self._sweeping[container] = asyncio.create_task(self._remove_orphan(container))
+
+    async def _remove_orphan(self, container: str) -> None:
+        try:
+            await self._containers.remove(container)
+        except NimhostError as error:
+            log.warning("cannot remove container %s: %s", container[:12], error.message)
+            await asyncio.sleep(AFTER_ERROR_S)
+        finally:
+            del self._sweeping[container]
+            self.wake()
+
+    async def _watch_docker(self) -> None:
+        """Every container event wakes the loop; so does Docker's coming and going."""
+        pause_s = RECONNECT_S[0]
+        while True:
+            try:
+                async with contextlib.aclosing(self._containers.events()) as events:
+                    async for _ in events:
+                        pause_s = RECONNECT_S[0]
+                        self.wake()
+            except DockerUnavailable:
+                self.wake()
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, RECONNECT_S[1])
+
+    async def _watch_store(self) -> None:
+        while True:
+            await self._store.changed.wait()
+            self._store.changed.clear()
+            self.wake()
+
+    async def _abandon(self) -> None:
+        tasks = [task for _, task in self._in_flight.values()] + list(self._sweeping.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def with_status(status: DeploymentStatus, name: str, message: str) -> DeploymentStatus:
+    """The status with another state; its history always ends with the current one."""
+    if (status.status, status.status_message) == (name, message):
+        return status
+    entry = HistoryEntry(timestamp=now(), status=name, status_message=message)  # type: ignore[arg-type]
+    history = [*status.status_history, entry][-HISTORY_LENGTH:]
+    return replace(status, status=name, status_message=message, status_history=history)

@@ -1,0 +1,288 @@
+"""Each rule of the plan, and its laws, as situations."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from nimhost.deployments.plan import Cancel, Forget, Halt, Prepare, Remove, Start, orphans, plan
+from nimhost.entities import Failure, Run
+from nimhost.refs import Ref
+from tests.deployments.make import HASH, LIMITS, NOW, again, decide, gpus, instance, machine, wanted
+
+REF = Ref("default", "d")
+
+
+def run(**fields: object) -> Run:
+    return Run(spec_hash=HASH, **fields)  # type: ignore[arg-type]
+
+
+# --- rule 1
+
+
+def test_an_action_in_flight_is_waited_for() -> None:
+    verdict = decide(wanted(), machine(), Start(("GPU-0",)))
+    assert (verdict.action, verdict.status) == (None, "PENDING")
+
+
+@pytest.mark.parametrize("wish", [{"deleting": True}, {"desired": "stopped"}])
+def test_a_download_nobody_wants_any_more_is_cancelled(wish: dict[str, object]) -> None:
+    verdict = decide(wanted(**wish), machine(), Prepare(True, True, HASH))
+    assert verdict.action == Cancel()
+
+
+def test_a_download_for_another_wish_is_cancelled() -> None:
+    assert decide(wanted(), machine(), Prepare(True, True, "old-hash")).action == Cancel()
+
+
+def test_a_deletion_stays_visible_while_a_start_is_in_flight() -> None:
+    verdict = decide(wanted(deleting=True, status="DELETING"), machine(), Start(()))
+    assert (verdict.status, verdict.action) == ("DELETING", None)
+
+
+# --- rules 2 and 3
+
+
+def test_a_deletion_removes_containers_of_every_version_then_the_rows() -> None:
+    d = wanted(deleting=True)
+    both = machine(instance(), instance(id="old", hash="other"))
+    assert decide(d, both).action == Remove(("container-d", "old"))
+    assert decide(d, machine()).action == Forget()
+
+
+def test_an_engine_that_is_still_loading_is_not_waited_for_when_it_is_deleted() -> None:
+    verdict = decide(wanted(deleting=True), machine(instance(health="starting")))
+    assert verdict.action == Remove(("container-d",), at_once=True)
+
+
+def test_a_deployment_that_never_started_can_be_deleted_without_docker() -> None:
+    away = machine(docker_problem="Docker is away.")
+    assert decide(wanted(deleting=True), away).action == Forget()
+    started = decide(wanted(deleting=True, run=run(started_at=NOW)), away)
+    assert (started.status, started.action) == ("DELETING", None)
+    assert "Docker is away." in started.message
+
+
+def test_a_stopped_deployment_frees_its_container_and_forgets_its_failures() -> None:
+    verdict = decide(wanted(desired="stopped", run=run(attempts=2, failure=Failure(message="x", final=True))),
+                     machine(instance()))  # fmt: skip
+    assert verdict.action == Remove(("container-d",))
+    assert verdict.message == "Stopped. Start it with: nimhost start d"
+    assert (verdict.status, verdict.run.failure, verdict.run.attempts) == ("PENDING", None, 0)
+
+
+# --- law: no container list, no decision
+
+
+@pytest.mark.fault(21)
+def test_without_docker_the_status_is_unknown_and_nothing_is_done() -> None:
+    verdict = decide(wanted(status="READY"), machine(docker_problem="Docker cannot be reached."))
+    assert (verdict.status, verdict.message, verdict.action) == ("UNKNOWN", "Docker cannot be reached.", None)
+    assert verdict.instance is None
+
+
+# --- rule 4
+
+
+def test_an_old_version_serves_until_everything_is_here_for_the_new_one() -> None:
+    old = instance(id="old", hash="other")
+    preparing = decide(wanted(), machine(old, images={}))
+    assert isinstance(preparing.action, Prepare)
+    assert (preparing.status, preparing.instance) == ("READY", old)
+    assert decide(wanted(), machine(old)).action == Remove(("old",))
+
+
+def test_an_old_version_keeps_serving_when_the_new_wish_cannot_be_started() -> None:
+    old = instance(id="old", hash="other")
+    verdict = decide(wanted(problem="Fileset 'x' does not exist."), machine(old))
+    assert (verdict.status, verdict.instance, verdict.action) == ("READY", old, None)
+    assert "Fileset 'x' does not exist." in verdict.message
+
+
+# --- rule 5
+
+
+def test_a_healthy_engine_is_ready_and_remembered() -> None:
+    verdict = decide(wanted(), machine(instance()))
+    assert (verdict.status, verdict.instance) == ("READY", instance())
+    assert (verdict.run.ready_container, verdict.run.ready_at) == ("container-d", NOW)
+
+
+def test_an_adopted_engine_has_traffic_before_its_first_probe() -> None:
+    d = wanted(status="READY", run=run(ready_container="container-d"))
+    verdict = decide(d, machine(instance(health="unknown")))
+    assert verdict.status == "READY"
+    assert verdict.instance is not None
+
+
+def test_an_engine_never_seen_ready_is_not_trusted_before_its_first_probe() -> None:
+    assert decide(wanted(), machine(instance(health="unknown"))).instance is None
+
+
+def test_a_healthy_engine_needs_no_references() -> None:
+    verdict = decide(wanted(problem="Model default/m does not exist."), machine(instance()))
+    assert verdict.status == "READY"
+
+
+# --- rules 6 and 7
+
+
+@pytest.mark.fault(22)
+def test_a_crash_is_counted_once_and_retried_after_a_backoff() -> None:
+    d, dead = wanted(), machine(instance(state="exited", exit_code=1, log_tail="boom"))
+    first = decide(d, dead)
+    assert (first.status, first.run.attempts, first.action) == ("PENDING", 1, Remove(("container-d",), at_once=True))
+    assert "exited with code 1" in first.message
+    assert "boom" in first.message
+    assert first.wake_at == NOW + LIMITS.restart_backoff_s
+    d = again(d, first)
+    assert decide(d, dead).run.attempts == 1  # the daemon was killed before the removal: not counted again
+    waiting = decide(d, machine())
+    assert (waiting.status, waiting.action, waiting.run.attempts) == ("PENDING", None, 1)
+    assert isinstance(decide(d, machine(), now=NOW + 3).action, Start)
+
+
+def test_an_exit_with_code_0_is_a_crash_too() -> None:
+    verdict = decide(wanted(run=run(ready_container="container-d")), machine(instance(state="exited", exit_code=0)))
+    assert verdict.run.attempts == 1
+
+
+@pytest.mark.fault(22)
+def test_a_crash_loop_ends_in_error_and_keeps_the_container_for_its_logs() -> None:
+    d = wanted(run=run(attempts=LIMITS.start_limit - 1))
+    verdict = decide(d, machine(instance(state="exited", exit_code=7, log_tail="cannot load model")))
+    assert (verdict.status, verdict.action) == ("ERROR", None)
+    assert "cannot load model" in verdict.message
+    assert decide(again(d, verdict), machine(instance(state="exited", exit_code=7)), now=NOW + 9999).action is None
+
+
+def test_an_engine_that_served_long_starts_counting_anew() -> None:
+    d = wanted(run=run(attempts=4, ready_container="container-d", ready_at=NOW - 3600))
+    assert decide(d, machine(instance(state="exited", exit_code=1))).run.attempts == 1
+
+
+def test_another_wish_starts_with_a_clean_record() -> None:
+    failed = Run(spec_hash="other", attempts=3, failure=Failure(message="no such image", final=True))
+    assert isinstance(decide(wanted(run=failed), machine()).action, Start)
+
+
+def test_a_final_failure_is_an_error_until_the_wish_changes() -> None:
+    d = wanted(run=run(attempts=1, failure=Failure(message="Image x was not found.", final=True)))
+    verdict = decide(d, machine(), now=NOW + 1e6)
+    assert (verdict.status, verdict.message, verdict.action) == ("ERROR", "Image x was not found.", None)
+
+
+@pytest.mark.fault(20)
+def test_a_container_left_between_create_and_start_is_removed() -> None:
+    verdict = decide(wanted(), machine(instance(state="created", health="unknown")))
+    assert verdict.action == Remove(("container-d",), at_once=True)
+    assert verdict.run.attempts == 0
+
+
+# --- rule 8
+
+
+def test_a_loading_engine_is_pending() -> None:
+    verdict = decide(wanted(), machine(instance(health="starting")))
+    assert (verdict.status, verdict.action) == ("PENDING", None)
+    assert verdict.wake_at == NOW - 10 + LIMITS.start_timeout_s
+
+
+def test_an_engine_that_never_becomes_healthy_is_stopped_and_its_logs_are_kept() -> None:
+    verdict = decide(wanted(), machine(instance(health="starting", started_at=NOW - 601)))
+    assert (verdict.status, verdict.action) == ("ERROR", Halt("container-d"))
+    assert "not ready 600 s after its start" in verdict.message
+    stopped = machine(instance(state="exited", exit_code=137))
+    assert decide(again(wanted(), verdict), stopped).message == verdict.message
+
+
+def test_an_engine_that_stops_answering_is_unrouted_then_replaced() -> None:
+    d = wanted(status="READY", run=run(ready_container="container-d", ready_at=NOW))
+    broken = instance(health="failing")
+    broken = replace(broken, health=replace(broken.health, since=NOW))
+    first = decide(d, machine(broken), now=NOW + 1)
+    assert (first.status, first.instance, first.action) == ("PENDING", None, None)
+    assert decide(d, machine(broken), now=NOW + 121).action == Remove(("container-d",))
+
+
+# --- rules 9 to 11
+
+
+def test_a_missing_reference_is_an_error_with_its_name() -> None:
+    verdict = decide(wanted(problem="Deployment config 'c' does not exist."), machine())
+    assert (verdict.status, verdict.message) == ("ERROR", "Deployment config 'c' does not exist.")
+
+
+def test_more_gpus_than_the_machine_has_is_an_error() -> None:
+    verdict = decide(wanted(gpus=3), machine(gpus=gpus(None, None)))
+    assert verdict.status == "ERROR"
+    assert "needs 3, there are 2" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("images", "located", "expected"),
+    [
+        ({}, {}, Prepare(True, True, HASH)),
+        ({REF: "id"}, {}, Prepare(False, True, HASH)),
+        ({}, {REF: "here"}, Prepare(True, False, HASH)),
+    ],
+)
+def test_what_is_absent_is_prepared(images: object, located: object, expected: Prepare) -> None:
+    assert decide(wanted(weights=True), machine(images=images, weights=located)).action == expected
+
+
+# --- rules 12 and 13
+
+
+def test_plan_waits_when_gpus_are_taken_and_names_the_holder() -> None:
+    verdict = decide(wanted(gpus=2), machine(gpus=gpus("default/x", None)))
+    assert (verdict.status, verdict.action) == ("PENDING", None)
+    assert "needs 2, 1 free: GPU 0 is held by default/x" in verdict.message
+    assert verdict.run.waiting_since == NOW
+
+
+@pytest.mark.fault(7)
+def test_two_deployments_never_get_the_same_gpu() -> None:
+    first, second = plan([wanted("a", created=1), wanted("b", created=2)], machine(), {}, NOW, LIMITS)
+    assert first.action == Start(("GPU-0",))
+    assert second.action is None
+    assert "GPU 0 is held by default/a" in second.message
+
+
+@pytest.mark.fault(7)
+def test_a_start_in_flight_holds_its_gpus() -> None:
+    _, second = plan(
+        [wanted("a", created=1), wanted("b", created=2)], machine(), {"id-a": Start(("GPU-0",))}, NOW, LIMITS
+    )
+    assert second.action is None
+
+
+def test_who_began_to_wait_first_is_served_first_even_when_a_small_one_would_fit() -> None:
+    big = wanted("a", gpus=2, created=5, run=run(waiting_since=NOW - 60))
+    small = wanted("b", gpus=1, created=1)
+    first, second = plan([small, big], machine(gpus=gpus("default/x", None)), {}, NOW, LIMITS)
+    assert (first.desired.ref.name, first.action) == ("a", None)
+    assert second.action is None
+    assert "default/a waits ahead of it" in second.message
+
+
+def test_a_deployment_without_gpus_does_not_queue_for_them() -> None:
+    _, second = plan(
+        [wanted("a", gpus=1, run=run(waiting_since=1)), wanted("b", gpus=0)], machine(gpus=gpus("x")), {}, NOW, LIMITS
+    )
+    assert second.action == Start(())
+
+
+def test_the_plan_is_the_same_whatever_order_the_rows_come_in() -> None:
+    rows = [wanted(name, created=i) for i, name in enumerate("abcd")]
+    forward = plan(rows, machine(gpus=gpus(None, None)), {}, NOW, LIMITS)
+    backward = plan(rows[::-1], machine(gpus=gpus(None, None)), {}, NOW, LIMITS)
+    assert forward == backward
+
+
+# --- orphans
+
+
+@pytest.mark.fault(4)
+def test_a_container_of_ours_without_a_deployment_is_an_orphan() -> None:
+    assert orphans([instance("a"), instance("b")], [wanted("a")]) == ["container-b"]
