@@ -1,0 +1,387 @@
+"""Docker, made async: the only importer of its library.
+
+Short calls cross into one bounded pool of threads, by one method. Each stream (events, followed logs, a pull) has a
+thread and a connection of its own, which is shut down to cancel it. Errors are translated once, in `_translated`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import logging
+import socket
+import struct
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import requests
+import urllib3
+from docker import APIClient
+from docker.errors import APIError, DockerException
+from docker.errors import NotFound as NotInDocker
+from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
+from docker.utils import kwargs_from_env
+
+from nimhost.engines.spec import ContainerSpec
+from nimhost.errors import DockerError, DockerUnavailable, GpuRuntimeMissing, GpuUnavailable, NimhostError
+from nimhost.host import docker_replies as replies
+from nimhost.host.container import (
+    GPU_ULIMITS,
+    Container,
+    ContainerEvent,
+    Containers,
+    EngineFacts,
+    Image,
+    PullProgress,
+)
+from nimhost.host.docker_attempt import Attempt
+from nimhost.host.docker_errors import chain, refusal, unreachable
+from nimhost.host.docker_pull import follow_pull
+from nimhost.host.docker_requests import container_body, probe_body
+from nimhost.host.docker_stream import BlockingStream, Hold, hold_sockets
+
+__all__ = [
+    "GPU_ULIMITS", "Container", "ContainerEvent", "Containers", "DockerContainers", "EngineFacts", "Image",
+    "PullProgress",
+]  # fmt: skip
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_CALL_TIMEOUT_S = 60
+_ANY_VERSION = "1.24"  # only to ask for the real one
+_THREADS = 32  # a stop holds one for as long as the container takes to end
+_EVENTS = {
+    "type": ["container", "image"],
+    "event": ["create", "start", "die", "oom", "destroy", "pause", "unpause", "rename", "pull", "delete", "import"],
+}
+_PROBE_IMAGE = "nimhost-probe"
+_EMPTY_TAR = bytes(10_240)
+_UNREACHABLE = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    struct.error,  # a log stream that broke off inside a frame
+)
+
+
+class DockerContainers:
+    """`Containers` on a real engine: at `host` (`unix:///…`, `tcp://…`), else DOCKER_HOST, else the usual socket.
+
+    Connects, and agrees on an API version, at the first call; after a lost connection the next call does so again.
+    """
+
+    def __init__(self, host: str | None = None) -> None:
+        self._host = host
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
+        self._calls: set[Future[Any]] = set()
+        self._streams: set[BlockingStream[Any]] = set()
+        self._lock = threading.Lock()
+        self._client: APIClient | None = None
+        self._seen: dict[str, tuple[object, Container]] = {}
+
+    # --- what it knows ---------------------------------------------------------------------------------------------
+
+    async def facts(self) -> EngineFacts:
+        return await self._call(lambda client: replies.engine_facts(client.version(), client.info()))
+
+    async def hands_out_gpus(self) -> bool:
+        try:
+            await self._call(_start_empty_with_gpu)
+        except GpuRuntimeMissing:
+            return False
+        except (DockerError, GpuUnavailable):
+            pass  # it got past the GPUs and found, as meant, nothing to run
+        return True
+
+    async def list(self) -> tuple[Container, ...]:
+        return await self._call(self._list)
+
+    def _list(self, client: APIClient) -> tuple[Container, ...]:
+        """One call, and one more for each container that changed since it was last looked at."""
+        old, now = self._seen, dict[str, tuple[object, Container]]()
+        for row in client.containers(all=True):
+            key, (known_key, known) = replies.listing_key(row), old.get(row["Id"], (None, None))
+            if known is None or key != known_key:
+                try:
+                    known = replies.container(client.inspect_container(row["Id"]))
+                except NotInDocker:
+                    continue  # removed since it was listed
+            now[row["Id"]] = key, known
+        self._seen = now
+        return tuple(container for _, container in now.values())
+
+    async def image(self, name: str) -> Image | None:
+        return await self._call(lambda client: _image(client, name))
+
+    # --- images ----------------------------------------------------------------------------------------------------
+
+    async def pull(
+        self,
+        name: str,
+        auth: tuple[str, str] | None,
+        on_progress: Callable[[PullProgress], None],
+        stall_timeout_s: float = 120,
+    ) -> Image:
+        config = {"username": auth[0], "password": auth[1]} if auth else None
+
+        def lines(client: APIClient) -> Iterable[replies.Json]:
+            return client.pull(name, stream=True, decode=True, auth_config=config)  # type: ignore[no-any-return]
+
+        try:
+            async with self._stream("docker-pull", lines, pulling=name) as stream:
+                await follow_pull(name, stream, on_progress, stall_timeout_s)
+        except NimhostError as error:
+            secret = auth[1] if auth else ""
+            if not (secret and secret in error.message):
+                raise
+            raise type(error)(error.message.replace(secret, "…"), error.hint) from None
+        image = await self.image(name)
+        if image is None:
+            raise DockerUnavailable(f"Image {name}: the pull broke off", "It is tried again")
+        return image
+
+    # --- one container ---------------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        spec: ContainerSpec,
+        *,
+        name: str,
+        image_id: str | None = None,
+        env: Mapping[str, str] = {},
+        labels: Mapping[str, str] = {},
+        gpu_ids: tuple[str, ...] = (),
+        ulimits: Mapping[str, int] = {},
+    ) -> str:
+        body = container_body(spec, image_id, env, labels, gpu_ids, ulimits)
+        return await self._call(lambda client: _create(client, name, body), image=spec.image)
+
+    async def start(self, container_id: str) -> Container:
+        return await self._call(lambda client: _start(client, container_id))
+
+    async def run(
+        self,
+        spec: ContainerSpec,
+        *,
+        name: str,
+        image_id: str | None = None,
+        env: Mapping[str, str] = {},
+        labels: Mapping[str, str] = {},
+        gpu_ids: tuple[str, ...] = (),
+        ulimits: Mapping[str, int] = {},
+        on_warning: Callable[[str], None] | None = None,
+    ) -> Container:
+        def made(client: APIClient, limits: Mapping[str, int]) -> str:
+            return _create(client, name, container_body(spec, image_id, env, labels, gpu_ids, limits))
+
+        attempt = Attempt(made, _start, _discard, ulimits)
+        try:
+            container = await self._call(attempt.perform, image=spec.image)
+        except asyncio.CancelledError:
+            if late := attempt.abandon():
+                self._submit(lambda client: _remove(client, late))
+            raise
+        for warning in attempt.warnings:
+            log.warning("%s: %s", name, warning)
+            if on_warning:
+                on_warning(warning)
+        return container
+
+    async def stop(self, container_id: str, timeout_s: int) -> None:
+        with contextlib.suppress(_Gone):
+            await self._call(lambda client: client.stop(container_id, timeout=timeout_s))
+
+    async def remove(self, container_id: str) -> None:
+        await self._call(lambda client: _remove(client, container_id))
+
+    async def log_tail(self, container_id: str, lines: int = 80) -> str:
+        raw: bytes = await self._call(lambda client: client.logs(container_id, tail=lines))
+        return raw.decode(errors="replace")
+
+    # --- streams ---------------------------------------------------------------------------------------------------
+
+    async def logs(self, container_id: str, *, tail: int, follow: bool) -> AsyncGenerator[bytes, None]:
+        def frames(client: APIClient) -> Iterable[bytes]:
+            return client.logs(container_id, stream=True, follow=follow, tail=tail)  # type: ignore[no-any-return]
+
+        async with self._stream("docker-logs", frames) as stream:
+            async for frame in stream:
+                yield frame
+
+    async def events(self) -> AsyncGenerator[ContainerEvent, None]:
+        def lines(client: APIClient) -> Iterable[replies.Json | None]:
+            stream = client.events(decode=True, filters=_EVENTS)
+            yield None  # the reply has begun: we are subscribed
+            yield from stream
+
+        async with self._stream("docker-events", lines) as stream:
+            async for line in stream:
+                event = replies.event(line) if line else replies.CONNECTED
+                self._seen.pop(event.container_id, None)
+                yield event
+        raise DockerUnavailable("Docker closed the stream of events", "Run: sudo systemctl status docker")
+
+    @contextlib.asynccontextmanager
+    async def _stream(
+        self, name: str, opened: Callable[[APIClient], Iterable[T]], *, pulling: str = ""
+    ) -> AsyncIterator[BlockingStream[T]]:
+        def read(hold: Hold) -> Generator[T, None, None]:
+            with contextlib.closing(self._connect(version=self._connection().api_version, timeout_s=None)) as client:
+                hold_sockets(client, client.base_url, hold)
+                yield from opened(client)
+
+        stream = BlockingStream(name, read)
+        self._streams = {other for other in self._streams if other.thread.is_alive()} | {stream}
+        try:
+            async with stream:
+                yield stream
+        except (DockerException, *_UNREACHABLE) as error:
+            raise self._translated(error, image=pulling, pulling=bool(pulling)) from error
+
+    # --- the crossing ----------------------------------------------------------------------------------------------
+
+    async def _call(self, call: Callable[[APIClient], T], *, image: str = "") -> T:
+        """The one way from the loop to Docker: a short call in a thread of the pool, its errors translated.
+
+        Cancelled, it returns at once; a call that has begun runs to its end behind it.
+        """
+        try:
+            return await asyncio.wrap_future(self._submit(call))
+        except (DockerException, *_UNREACHABLE) as error:
+            raise self._translated(error, image=image) from error
+
+    def _submit(self, call: Callable[[APIClient], T]) -> Future[T]:
+        future = self._pool.submit(lambda: call(self._connection()))
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        return future
+
+    def _connection(self) -> APIClient:
+        """The client that short calls share. Blocking; in a thread only."""
+        with self._lock:
+            if self._client is None:
+                with contextlib.closing(self._connect(version=_ANY_VERSION, timeout_s=_CALL_TIMEOUT_S)) as any_client:
+                    version = any_client.version(api_version=False)["ApiVersion"]
+                self._client = self._connect(version=version, timeout_s=_CALL_TIMEOUT_S)
+            return self._client
+
+    def _connect(self, *, version: str, timeout_s: int | None) -> APIClient:
+        where = {"base_url": self._host} if self._host else kwargs_from_env()
+        client = APIClient(**where, version=version, timeout=timeout_s, max_pool_size=_THREADS)
+        _share_connections(client)
+        return client
+
+    def _translated(self, error: Exception, *, image: str = "", pulling: bool = False) -> NimhostError:
+        """Every error of Docker's libraries, as one of ours. After a lost connection the next call makes a new one."""
+        if isinstance(error, APIError):
+            message = str(error.explanation or error)
+            if error.status_code == 404 and "no such container" in message.lower():
+                return _Gone(f"Docker: {message}")
+            return refusal(error.status_code, message, image=image, pulling=pulling)
+        if not any(isinstance(cause, _UNREACHABLE) for cause in chain(error)):
+            return DockerError(f"Docker: {error}")
+        with self._lock:
+            lost, self._client = self._client, None
+        if lost is not None:
+            lost.close()
+        return unreachable(error, self._host or kwargs_from_env().get("base_url") or "unix:///var/run/docker.sock")
+
+    async def close(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
+        while self._calls:
+            await asyncio.gather(*map(asyncio.wrap_future, self._calls.copy()), return_exceptions=True)
+        with ThreadPoolExecutor(1) as waiting:
+            await asyncio.wrap_future(waiting.submit(_join, tuple(self._streams)))
+        self._pool.shutdown(wait=False)
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+class _Gone(DockerError):
+    """There is no such container (any more)."""
+
+
+# --- in a thread ---------------------------------------------------------------------------------------------------
+
+
+class _UnixConnection(UnixHTTPConnection):  # type: ignore[misc]
+    def connect(self) -> None:
+        """Without the socket that docker-py leaks when nobody listens."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(self.timeout)
+            sock.connect(self.unix_socket)
+        except BaseException:
+            sock.close()
+            raise
+        self.sock = sock
+
+
+class _UnixPool(UnixHTTPConnectionPool):  # type: ignore[misc]
+    def _new_conn(self) -> _UnixConnection:
+        return _UnixConnection(self.base_url, self.socket_path, self.timeout)
+
+
+def _share_connections(client: APIClient) -> None:
+    """One pool for all paths. By itself a client of a Unix socket has one for each, and closes the oldest of more than
+    25 even while another thread is about to use it.
+    """
+    adapter = client.get_adapter(client.base_url)
+    if isinstance(adapter, UnixHTTPAdapter):
+        pool = _UnixPool(client.base_url, adapter.socket_path, adapter.timeout, maxsize=_THREADS)
+        adapter.pools[client.base_url] = pool  # where closing the client finds it
+        adapter.get_connection_with_tls_context = lambda *_, **__: pool
+
+
+def _join(streams: Iterable[BlockingStream[Any]]) -> None:
+    for stream in streams:
+        stream.thread.join(timeout=5)
+
+
+def _image(client: APIClient, name: str) -> Image | None:
+    try:
+        return replies.image(name, client.inspect_image(name))
+    except NotInDocker:
+        return None
+
+
+def _create(client: APIClient, name: str | None, body: replies.Json) -> str:
+    return str(client.create_container_from_config(body, name)["Id"])
+
+
+def _start(client: APIClient, container_id: str) -> Container:
+    client.start(container_id)
+    return replies.container(client.inspect_container(container_id))
+
+
+def _remove(client: APIClient, container_id: str) -> None:
+    try:
+        client.remove_container(container_id, force=True, v=True)
+    except APIError as error:
+        if error.status_code != 404 and "already in progress" not in str(error.explanation):
+            raise
+
+
+def _discard(client: APIClient, container_id: str) -> None:
+    with contextlib.suppress(DockerException, *_UNREACHABLE):  # what made it useless is the error to show
+        _remove(client, container_id)
+
+
+def _start_empty_with_gpu(client: APIClient) -> None:
+    """Always fails; how, tells whether Docker can hand out GPUs. Needs no image: it makes an empty one."""
+    client.import_image_from_data(_EMPTY_TAR, repository=_PROBE_IMAGE)
+    try:
+        container_id = _create(client, None, probe_body(_PROBE_IMAGE))
+        try:
+            client.start(container_id)
+        finally:
+            _remove(client, container_id)
+    finally:
+        client.remove_image(_PROBE_IMAGE, force=True)

@@ -1,0 +1,290 @@
+"""The GPUs of this machine: which there are, how full they are, and who fills them. The only importer of NVML.
+
+`NvmlGpus` reads the real ones, `SimulatedGpus` makes some up from the settings (`[gpus] simulated`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import uuid
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import pynvml
+from msgspec import Struct
+from msgspec.structs import replace
+
+from nimhost.config import SimulatedGpu
+from nimhost.errors import ConfigError
+
+GIB = 1024**3
+_READ_TIMEOUT_S = 10.0
+_HINTS = {
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "NVIDIA's driver is not installed on this machine",
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "NVIDIA's driver is installed but not loaded; run: sudo modprobe nvidia",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "NVIDIA's driver was updated under the running kernel; reboot",
+    pynvml.NVML_ERROR_NO_PERMISSION: "no permission to use /dev/nvidiactl",
+}
+
+
+class GpuProcess(Struct, frozen=True, kw_only=True):
+    pid: int
+    name: str = ""
+    user: str = ""
+    used_bytes: int = 0
+    """0 where the driver does not say."""
+
+
+class Gpu(Struct, frozen=True, kw_only=True):
+    """A GPU, or a MIG device, which is handed out like one; then `index` is that of the GPU it is a part of."""
+
+    uuid: str
+    index: int
+    name: str
+    memory_bytes: int
+    used_bytes: int = 0
+    processes: tuple[GpuProcess, ...] = ()
+    simulated: bool = False
+    problem: str | None = None
+    """Why it could not be read; its numbers are then 0."""
+
+
+class GpuFacts(Struct, frozen=True, kw_only=True):
+    """One reading. `problem`: why there are no GPUs in it, or not all."""
+
+    driver: str | None = None
+    cuda: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    problem: str | None = None
+
+
+class Gpus(Protocol):
+    async def read(self) -> GpuFacts:
+        """What is there now. Never raises: what cannot be read is part of the facts."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+def limited(facts: GpuFacts, devices: Iterable[str | int]) -> GpuFacts:
+    """With only these GPUs (uuids, also abbreviated, or indexes). None named: all of them."""
+    wanted = [str(device) for device in devices]
+    if not wanted:
+        return facts
+    kept = tuple(gpu for gpu in facts.gpus if any(_is(gpu, device) for device in wanted))
+    absent = [device for device in wanted if not any(_is(gpu, device) for gpu in facts.gpus)]
+    problem = f"[gpus] devices names {', '.join(absent)}: not found on this machine" if absent else None
+    return replace(facts, gpus=kept, problem=facts.problem or problem)
+
+
+def _is(gpu: Gpu, device: str) -> bool:
+    return device == str(gpu.index) if device.isdigit() else gpu.uuid.startswith(device)
+
+
+class LimitedGpus:
+    """Only some of the GPUs, as `[gpus] devices` says."""
+
+    def __init__(self, gpus: Gpus, devices: Iterable[str | int]) -> None:
+        self._gpus = gpus
+        self._devices = tuple(devices)
+
+    async def read(self) -> GpuFacts:
+        return limited(await self._gpus.read(), self._devices)
+
+    async def close(self) -> None:
+        await self._gpus.close()
+
+
+# --- simulated -----------------------------------------------------------------------------------------------------
+
+
+class SimulatedGpus:
+    """GPUs that are only said to be there. Change `settings` and the next reading is different."""
+
+    def __init__(self, settings: Iterable[SimulatedGpu | Mapping[str, Any]]) -> None:
+        """Raises ConfigError for settings that make no sense."""
+        self.settings = list(settings)
+        self._read()
+
+    async def read(self) -> GpuFacts:
+        return self._read()
+
+    def _read(self) -> GpuFacts:
+        gpus = [_simulated_settings(index, gpu) for index, gpu in enumerate(self.settings)]
+        return GpuFacts(
+            driver=next((gpu.driver for gpu in gpus if gpu.driver), None),
+            cuda=next((gpu.cuda for gpu in gpus if gpu.cuda), None),
+            gpus=tuple(_simulated(index, gpu) for index, gpu in enumerate(gpus)),
+        )
+
+    async def close(self) -> None:
+        pass
+
+
+class _SimulatedProcess(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pid: int
+    name: str = ""
+    user: str = ""
+    used_gib: float = 0.0
+
+
+def _simulated_settings(index: int, gpu: SimulatedGpu | Mapping[str, Any]) -> SimulatedGpu:
+    try:
+        return msgspec.convert(gpu, SimulatedGpu, from_attributes=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"[gpus] simulated, GPU {index}: {error}") from error
+
+
+def _simulated(index: int, gpu: SimulatedGpu) -> Gpu:
+    try:
+        processes = msgspec.convert(gpu.processes, list[_SimulatedProcess])
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"[gpus] simulated, GPU {index}, processes: {error}") from error
+    return Gpu(
+        uuid=gpu.uuid or simulated_uuid(index, gpu.name),
+        index=index,
+        name=gpu.name,
+        memory_bytes=int(gpu.memory_gib * GIB),
+        used_bytes=int(gpu.used_gib * GIB),
+        processes=tuple(
+            GpuProcess(pid=p.pid, name=p.name, user=p.user, used_bytes=int(p.used_gib * GIB)) for p in processes
+        ),
+        simulated=True,
+    )
+
+
+def simulated_uuid(index: int, name: str) -> str:
+    """The same for the same place and name, on every machine and after every restart."""
+    return f"GPU-{uuid.uuid5(uuid.NAMESPACE_OID, f'nimhost/{index}/{name}')}"
+
+
+# --- NVML ----------------------------------------------------------------------------------------------------------
+
+
+class NvmlGpus:
+    """The real ones, read in a thread of its own. A driver that is missing, comes late or goes away is no error."""
+
+    def __init__(self, nvml: Any = pynvml) -> None:
+        self._nvml = nvml
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nvml")
+        self._reading: Future[GpuFacts] | None = None
+        self._ready = False
+
+    async def read(self) -> GpuFacts:
+        """Callers at the same time share one reading: a driver that hangs holds one thread, not many."""
+        if self._reading is None or self._reading.done():
+            self._reading = self._thread.submit(self._read)
+        shared = asyncio.shield(asyncio.wrap_future(self._reading))
+        try:
+            return await asyncio.wait_for(shared, _READ_TIMEOUT_S)
+        except TimeoutError:
+            return GpuFacts(problem=f"NVIDIA's driver did not answer within {_READ_TIMEOUT_S:.0f} s; see: nvidia-smi")
+
+    async def close(self) -> None:
+        self._thread.submit(self._shut_down)
+        self._thread.shutdown(wait=False)
+
+    def _shut_down(self) -> None:
+        if self._ready:
+            self._ready = False
+            with contextlib.suppress(self._nvml.NVMLError):  # it is gone already
+                self._nvml.nvmlShutdown()
+
+    def _read(self) -> GpuFacts:
+        nvml = self._nvml
+        try:
+            if not self._ready:
+                nvml.nvmlInit()
+                self._ready = True
+            gpus = [gpu for index in range(nvml.nvmlDeviceGetCount()) for gpu in _gpus_at(nvml, index)]
+            cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
+            return GpuFacts(
+                driver=_text(nvml.nvmlSystemGetDriverVersion()),
+                cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
+                gpus=tuple(gpu for gpu in gpus if gpu.uuid),
+                problem="; ".join(gpu.problem for gpu in gpus if gpu.problem) or None,
+            )
+        except nvml.NVMLError as error:
+            self._shut_down()  # so that the next reading finds a driver that came back
+            return GpuFacts(problem=_sentence(error))
+
+
+def _gpus_at(nvml: Any, index: int) -> list[Gpu]:
+    """The GPU at `index`, or its MIG devices. One that fails altogether has no uuid, just a problem."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        parts = _mig_devices(nvml, handle)
+        return [_gpu(nvml, part, index) for part in ([handle] if parts is None else parts)]
+    except nvml.NVMLError as error:
+        return [Gpu(uuid="", index=index, name="", memory_bytes=0, problem=f"GPU {index}: {_sentence(error)}")]
+
+
+def _mig_devices(nvml: Any, handle: Any) -> list[Any] | None:
+    """The devices a GPU is divided into; None for a whole one."""
+    try:
+        mode, _pending = nvml.nvmlDeviceGetMigMode(handle)
+    except nvml.NVMLError:
+        return None  # most GPUs cannot be divided, and say so like this
+    if mode != nvml.NVML_DEVICE_MIG_ENABLE:
+        return None
+    devices = []
+    for slot in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        with contextlib.suppress(nvml.NVMLError):  # an empty slot
+            devices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, slot))
+    return devices
+
+
+def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
+    gpu = Gpu(uuid=_text(nvml.nvmlDeviceGetUUID(handle)), index=index, name="", memory_bytes=0)
+    try:
+        total, used = _memory(nvml, handle)
+        name = _text(nvml.nvmlDeviceGetName(handle))
+        return replace(gpu, name=name, memory_bytes=total, used_bytes=used, processes=_processes(nvml, handle))
+    except nvml.NVMLError as error:
+        return replace(gpu, problem=f"GPU {index}: {_sentence(error)}")
+
+
+def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
+    """Total and used bytes. A GPU without memory of its own shares the machine's."""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        return int(memory.total), int(memory.used)
+    except nvml.NVMLError as error:
+        if error.value != nvml.NVML_ERROR_NOT_SUPPORTED:
+            raise
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
+    return kib["MemTotal"] * 1024, (kib["MemTotal"] - kib["MemAvailable"]) * 1024
+
+
+def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
+    found: dict[int, int] = {}
+    for read in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+        with contextlib.suppress(nvml.NVMLError):  # not supported on some GPUs: then nobody is named
+            for process in read(handle):
+                found[process.pid] = max(found.get(process.pid, 0), process.usedGpuMemory or 0)
+    return tuple(_process(pid, used_bytes) for pid, used_bytes in sorted(found.items()))
+
+
+def _process(pid: int, used_bytes: int) -> GpuProcess:
+    name = user = ""
+    with contextlib.suppress(OSError, KeyError):  # it ended, is hidden from us, or its user has no name
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        uid = os.stat(f"/proc/{pid}").st_uid
+        user = str(uid)
+        user = pwd.getpwuid(uid).pw_name
+    return GpuProcess(pid=pid, name=name, user=user, used_bytes=used_bytes)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _sentence(error: Any) -> str:
+    return _HINTS.get(error.value) or f"NVIDIA's driver reports: {error}; see: nvidia-smi"

@@ -1,0 +1,70 @@
+"""What the daemon and its download process say to each other: one JSON object per line, on stdin and stdout."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+
+class Repo(Struct, frozen=True):
+    """A repository at a revision (branch, tag or commit). `endpoint`: another hub than the configured one."""
+
+    repo_id: str
+    revision: str = "main"
+    repo_type: str = "model"
+    endpoint: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo_id if self.revision == "main" else f"{self.repo_id}@{self.revision}"
+
+
+class Limits(Struct, frozen=True):
+    """How patient a download is."""
+
+    stall_s: float = 30.0
+    """Silence after which a connection is given up."""
+    tries: int = 6
+    """Failures in a row, without a byte in between, after which the hub counts as unavailable."""
+    backoff_s: float = 1.0
+    """The first pause between two tries; each further one is twice as long, 30 s at most."""
+    patience_s: float = 900.0
+    """The longest `Retry-After` that is waited for."""
+    parallel: int = 8
+    """Files that are fetched at the same time."""
+
+
+class Job(Struct, frozen=True):
+    """What the child is to do. The token travels here: on stdin, never in argv or the environment."""
+
+    repo: Repo
+    endpoint: str
+    cache_dir: str
+    token: str | None = None
+    limits: Limits = Limits()
+
+
+class WeightsProgress(Struct, frozen=True, tag="progress", tag_field="type"):
+    done_bytes: int
+    total_bytes: int
+    rate_bytes_s: float
+    message: str
+    """What is being waited for, e.g. `hub answers 429, retrying in 12 s`; empty while bytes flow."""
+
+
+class Done(Struct, frozen=True, tag="done", tag_field="type"):
+    commit: str
+
+
+class Failed(Struct, frozen=True, tag="failed", tag_field="type"):
+    """A NimhostError in transit: the name of its class, and its attributes."""
+
+    error: str
+    message: str
+    hint: str | None = None
+    retry_after_s: float | None = None
+
+
+Line = WeightsProgress | Done | Failed
+encode = msgspec.json.encode
+line_decoder = msgspec.json.Decoder(Line)
+job_decoder = msgspec.json.Decoder(Job)
