@@ -1,0 +1,186 @@
+"""Entities as rows, and the writes of one transaction."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import aiosqlite
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from nimhost.entities import KINDS, Entity, Kind, Wish
+from nimhost.errors import Conflict
+
+_BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+COLUMNS = "kind, workspace, name, id, generation, version, wish, status, created_at, updated_at"
+Row = Sequence[Any]
+
+
+def now() -> str:
+    """RFC 3339, UTC, microseconds, `Z`."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def new_id(prefix: str) -> str:
+    number, text = secrets.randbits(128), ""
+    while number:
+        number, digit = divmod(number, 58)
+        text = _BASE58[digit] + text
+    return f"{prefix}-{text.rjust(22, '1')}"
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def to_entity(row: Row) -> Entity:
+    kind, workspace, name, id_, generation, version, wish, status, created_at, updated_at = row
+    types = KINDS[kind]
+    return Entity(
+        kind=kind,
+        workspace=workspace,
+        name=name,
+        id=id_,
+        generation=generation,
+        version=version,
+        wish=msgspec.json.decode(wish, type=types.wish),
+        status=msgspec.json.decode(status, type=types.status),
+        created_at=created_at,
+        updated_at=updated_at,
+    )
+
+
+async def find_row(db: aiosqlite.Connection, kind: str, workspace: str, name: str) -> Entity | None:
+    rows = await db.execute_fetchall(
+        f"SELECT {COLUMNS} FROM entities WHERE kind = ? AND workspace = ? AND name = ?", (kind, workspace, name)
+    )
+    return next(map(to_entity, rows), None)
+
+
+async def read_rows(db: aiosqlite.Connection, kind: str) -> list[Entity]:
+    rows = await db.execute_fetchall(
+        f"SELECT {COLUMNS} FROM entities WHERE kind = ? ORDER BY created_at, rowid", (kind,)
+    )
+    return [to_entity(row) for row in rows]
+
+
+class Transaction:
+    """All of its writes become true together, or none does."""
+
+    def __init__(self, db: aiosqlite.Connection) -> None:
+        self._db = db
+        self.wished = False
+        """A wish was written."""
+        self.wrote = False
+
+    async def find(self, kind: str, workspace: str, name: str) -> Entity | None:
+        return await find_row(self._db, kind, workspace, name)
+
+    async def get(self, kind: str, workspace: str, name: str) -> Entity:
+        return found(await self.find(kind, workspace, name), KINDS[kind], workspace, name)
+
+    async def all(self, kind: str) -> list[Entity]:
+        return await read_rows(self._db, kind)
+
+    async def insert(self, kind: str, workspace: str, name: str, wish: Wish, status: Struct | None = None) -> Entity:
+        """Raises AlreadyExists; NotFound for a missing workspace is for the caller to ask about."""
+        row = KINDS[kind]
+        if await self.find(kind, workspace, name):
+            raise row.already_exists(workspace, name)
+        time = now()
+        entity = Entity(
+            kind=kind,
+            workspace=workspace,
+            name=name,
+            id=new_id(row.id_prefix),
+            wish=wish,
+            status=status if status is not None else row.status(),
+            created_at=time,
+            updated_at=time,
+        )
+        await self._db.execute(
+            f"INSERT INTO entities ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)",
+            (kind, workspace, name, entity.id, 1, 1, _json(wish), _json(entity.status), time, time),
+        )
+        await self._keep_version(entity)
+        self.wished = self.wrote = True
+        return entity
+
+    async def update_wish(self, entity: Entity, wish: Wish, new_version: bool = False) -> Entity:
+        """The entity with another wish, in its current version or as a new one.
+
+        Raises Conflict when the stored wish is not the one that `entity` shows.
+        """
+        changed = replace(
+            entity,
+            wish=wish,
+            generation=entity.generation + 1,
+            version=entity.version + new_version,
+            updated_at=now(),
+        )
+        done = await self._db.execute(
+            "UPDATE entities SET wish=?, generation=?, version=?, updated_at=? WHERE id=? AND generation=?",
+            (_json(wish), changed.generation, changed.version, changed.updated_at, entity.id, entity.generation),
+        )
+        if not done.rowcount:
+            raise _overtaken(entity)
+        await self._keep_version(changed)
+        self.wished = self.wrote = True
+        return changed
+
+    async def set_status(self, entity: Entity, status: Struct) -> Entity:
+        """Raises Conflict when the wish is not the one that `entity` shows any more."""
+        changed = replace(entity, status=status, updated_at=now())
+        done = await self._db.execute(
+            "UPDATE entities SET status=?, updated_at=? WHERE id=? AND generation=?",
+            (_json(status), changed.updated_at, entity.id, entity.generation),
+        )
+        if not done.rowcount:
+            raise _overtaken(entity)
+        self.wrote = True
+        return changed
+
+    async def delete(self, entity: Entity) -> None:
+        """Whatever is stored under the entity's id, with its versions. Nothing there is no error."""
+        await self._db.execute("DELETE FROM entities WHERE id=?", (entity.id,))
+        self.wished = self.wrote = True
+
+    async def has_version(self, entity: Entity, version: int) -> bool:
+        if not 0 < version < 2**63:
+            return False
+        rows = await self._db.execute_fetchall(
+            "SELECT 1 FROM versions WHERE entity_id=? AND version=?", (entity.id, version)
+        )
+        return bool(list(rows))
+
+    async def delete_version(self, entity: Entity, version: int) -> None:
+        await self._db.execute("DELETE FROM versions WHERE entity_id=? AND version=?", (entity.id, version))
+        self.wrote = True
+
+    async def meta(self, key: str) -> str | None:
+        rows = await self._db.execute_fetchall("SELECT value FROM meta WHERE key = ?", (key,))
+        return next((row[0] for row in rows), None)
+
+    async def set_meta(self, key: str, value: str) -> None:
+        await self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    async def _keep_version(self, entity: Entity) -> None:
+        if KINDS[entity.kind].versioned:
+            await self._db.execute(
+                "INSERT OR REPLACE INTO versions VALUES (?,?,?,?)",
+                (entity.id, entity.version, _json(entity.wish), entity.updated_at),
+            )
+
+
+def found(entity: Entity | None, kind: Kind, workspace: str, name: str) -> Entity:
+    if entity is None:
+        raise kind.not_found(workspace, name)
+    return entity
+
+
+def _overtaken(entity: Entity) -> Conflict:
+    return Conflict(f"{KINDS[entity.kind].label} '{entity.ref}' was changed by somebody else.", hint="Try again.")
