@@ -1,0 +1,186 @@
+"""Bodies of requests -> wishes. Pure. Every wrong field is named in the 422 form of the wire, all that can be found."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import msgspec
+from msgspec import NODEFAULT, Struct
+from msgspec.structs import FieldInfo
+from msgspec.structs import fields as struct_fields
+
+from nimhost.errors import InvalidRequest, Problem
+
+Json = dict[str, Any]
+Loc = tuple[str | int, ...]
+SENSITIVE = frozenset({"value", "api_key", "token"})
+"""Fields whose content no error repeats."""
+MAX_INTEGER = 2**53 - 1
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+
+
+def parse_json(data: bytes) -> Json:
+    """The JSON object in a body. Raises InvalidRequest."""
+    if not data:
+        raise _refuse([Problem(("body",), "Field required", "missing")])
+    try:
+        found = msgspec.json.decode(data)
+    except UnicodeDecodeError as e:
+        raise _refuse([_not_json(e.start, "not UTF-8")]) from e
+    except RecursionError as e:
+        raise _refuse([_not_json(0, "nested too deeply")]) from e
+    except msgspec.DecodeError as e:
+        position = re.search(r"byte (\d+)", str(e))
+        raise _refuse([_not_json(int(position[1]) if position else len(data), str(e))]) from e
+    if not isinstance(found, dict):
+        raise _refuse([Problem(("body",), "Input should be an object", "model_attributes_type", found)])
+    return found
+
+
+def read_fields(fields: Iterable[FieldInfo], raw: Mapping[str, object], *, partial: bool = False) -> Json:
+    """The values of `raw`, each of its field's type. `partial`: none is required, and null means the default.
+
+    Raises InvalidRequest with every problem: unknown, missing and wrong fields.
+    """
+    known = {f.encode_name: f for f in fields}
+    values: Json = {}
+    problems: list[Problem] = []
+    for key, value in raw.items():
+        if key not in known:
+            problems.append(_unknown(key, value, known))
+        elif partial and value is None:
+            values |= _cleared(known[key])
+        else:
+            try:
+                values[key] = msgspec.convert(value, known[key].type)
+                problems += _too_large(value, ("body", key))
+            except msgspec.ValidationError as e:
+                problems.append(explain(str(e), known[key].type, value, ("body", key)))
+            except RecursionError:
+                problems.append(Problem(("body", key), "Nested too deeply", "recursion"))
+    if not partial:
+        problems += [_missing(("body", f.name), raw) for f in known.values() if f.required and f.name not in raw]
+    if problems:
+        raise _refuse(problems)
+    return values
+
+
+def read_struct(cls: type[Struct], raw: Mapping[str, object]) -> Any:
+    return cls(**read_fields(struct_fields(cls), raw))
+
+
+def explain(message: str, kind: Any, value: object, loc: Loc) -> Problem:
+    """One of msgspec's sentences about `value` as a problem of the wire, with the place inside `loc`."""
+    text, _, place = message.partition(" - at `")
+    steps: Loc = tuple(name or int(index) for name, index in _STEP.findall(place))
+    here, inner = _follow(value, steps), _type_at(kind, steps)
+    name = re.search(r"`([^`]*)`", text)
+    if text.startswith("Object missing required field") and name:
+        return _missing((*loc, *steps, name[1]), here)
+    if text.startswith("Object contains unknown field") and name:
+        problem = _unknown(name[1], _follow(here, (name[1],)), _names_in(inner))
+        problem["loc"] = [*loc, *steps, name[1]]
+        return problem
+    choices = _choices(inner)
+    if text.startswith("Invalid enum value") and choices:
+        return Problem((*loc, *steps), f"Input should be {_listed(choices)}", "literal_error", here)
+    if bound := re.fullmatch(r"Expected `(?:int|float)` (>=|<=) (\S+)", text):
+        way = "greater" if bound[1] == ">=" else "less"
+        return Problem(
+            (*loc, *steps), f"Input should be {way} than or equal to {bound[2]}", f"{way}_than_equal", _shown(loc, here)
+        )
+    return Problem((*loc, *steps), text, "value_error", _shown((*loc, *steps), here))
+
+
+def _refuse(problems: list[Problem]) -> InvalidRequest:
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")  # type: ignore[attr-defined]
+    return InvalidRequest(f"{where}: {first['msg']}" if where else str(first["msg"]), problems=tuple(problems))
+
+
+def _not_json(position: int, reason: str) -> Problem:
+    problem = Problem(("body", position), "JSON decode error", "json_invalid", {})
+    problem["ctx"] = {"error": reason}
+    return problem
+
+
+def _missing(loc: Loc, here: object) -> Problem:
+    return Problem(loc, "Field required", "missing", _without_secrets(here))
+
+
+def _unknown(key: str, value: object, known: Iterable[str]) -> Problem:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    advice = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(sorted(known))}"
+    return Problem(("body", key), f"Unknown field{advice}", "extra_forbidden", _shown((key, *near), value))
+
+
+def _cleared(field: FieldInfo) -> Json:
+    """What a null in an update means: null where that is allowed, else the default, else nothing at all."""
+    if NoneType in _members(field.type):
+        return {field.name: None}
+    if field.default is not NODEFAULT:
+        return {field.name: field.default}
+    return {} if field.default_factory is NODEFAULT else {field.name: field.default_factory()}
+
+
+def _too_large(value: object, loc: Loc) -> list[Problem]:
+    """Integers that not every reader of JSON keeps exactly; typed ones only, free-form places stay free."""
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        return [Problem(loc, f"Input should be less than or equal to {MAX_INTEGER}", "less_than_equal", str(value))]
+    return []
+
+
+def _without_secrets(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: v for k, v in value.items() if k not in SENSITIVE}
+    return value
+
+
+def _shown(loc: Loc, value: object) -> object:
+    return None if SENSITIVE & set(map(str, loc)) else _without_secrets(value)
+
+
+def _follow(value: object, steps: Loc) -> object:
+    for step in steps:
+        try:
+            value = value[step]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+# --- types ---------------------------------------------------------------------------------------------------------
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _structs(kind: Any) -> list[type[Struct]]:
+    return [t for t in _members(kind) if isinstance(t, type) and issubclass(t, Struct)]
+
+
+def _type_at(kind: Any, steps: Loc) -> Any:
+    for step in steps:
+        if isinstance(step, int):
+            kind = next((get_args(t)[0] for t in _members(kind) if get_origin(t) is list), None)
+        else:
+            kind = next((f.type for t in _structs(kind) for f in struct_fields(t) if f.name == step), None)
+    return kind
+
+
+def _names_in(kind: Any) -> list[str]:
+    return [f.encode_name for struct in _structs(kind) for f in struct_fields(struct)]
+
+
+def _choices(kind: Any) -> list[str]:
+    return [str(choice) for t in _members(kind) if get_origin(t) is Literal for choice in get_args(t)]
+
+
+def _listed(words: list[str]) -> str:
+    quoted = [f"'{word}'" for word in words]
+    return f"{', '.join(quoted[:-1])} or {quoted[-1]}" if len(quoted) > 1 else quoted[0]

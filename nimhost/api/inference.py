@@ -1,0 +1,198 @@
+"""Secrets' values, and what deployments and providers have beside plain CRUD: logs, stop, start, progress, statuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import fields as struct_fields
+from msgspec.structs import replace
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from nimhost.api.decode import read_fields
+from nimhost.api.http import JsonReply, query_flag, query_int, read_json
+from nimhost.api.parts import Parts
+from nimhost.api.resources import get_entity, show_entity
+from nimhost.entities import KINDS, Entity, ServedModel, Status
+from nimhost.errors import Conflict
+from nimhost.store import Store, Transaction
+
+Json = dict[str, Any]
+FIRST_BYTE_WAIT_S = 1.0
+"""How long an error may take to become the reply, before a stream is begun anyway."""
+HEARTBEAT_S = 15.0
+Work = Coroutine[Any, Any, object]
+
+
+def routes(parts: Parts) -> list[Route]:
+    more = Inference(parts)
+    deployment = f"{KINDS['deployments'].path('{workspace}')}/{{name}}"
+    provider = f"{KINDS['providers'].path('{workspace}')}/{{name}}"
+    secret = f"{KINDS['secrets'].path('{workspace}')}/{{name}}"
+    return [
+        Route(f"{deployment}/logs", more.logs, methods=["GET"]),
+        Route(f"{deployment}/progress", more.progress, methods=["GET"]),
+        Route(f"{deployment}/models", more.models, methods=["GET"]),
+        Route(f"{deployment}/stop", more.stop, methods=["POST"]),
+        Route(f"{deployment}/start", more.start, methods=["POST"]),
+        Route(f"{provider}/status", more.set_provider_status, methods=["PUT"]),
+        Route(f"{secret}/access", more.access_secret, methods=["GET"]),
+    ]
+
+
+class Inference:
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def access_secret(self, request: Request) -> Response:
+        secret = await self._named(request, "secrets")
+        value = self._parts.vault.open(secret.wish.value, secret.ref)
+        body = {"name": secret.name, "workspace": secret.workspace, "value": value}
+        return JsonReply(body, headers={"cache-control": "no-store"})
+
+    async def logs(self, request: Request) -> Response:
+        deployment = await self._named(request, "deployments")
+        tail = query_int(request, "tail", -1, low=0) if "tail" in request.query_params else None
+        lines = self._parts.host.logs(deployment, tail, query_flag(request, "follow"))
+        return await stream_reply(lines, "text/plain; charset=utf-8")
+
+    async def progress(self, request: Request) -> Response:
+        """A snapshot, or with `follow=true` (or `Accept: text/event-stream`) one event now and one at every change."""
+        deployment = await self._named(request, "deployments")
+        if query_flag(request, "follow") or "text/event-stream" in request.headers.get("accept", ""):
+            headers = {"cache-control": "no-store"}
+            return StreamingResponse(self._follow(deployment), headers=headers, media_type="text/event-stream")
+        return JsonReply(self._snapshot(deployment))
+
+    async def models(self, request: Request) -> Response:
+        deployment = await self._named(request, "deployments")
+        provider = await self._parts.store.find("providers", deployment.workspace, deployment.name)
+        served = provider.status.served_models if provider else []
+        return JsonReply({"workspace": deployment.workspace, "name": deployment.name, "models": served})
+
+    async def stop(self, request: Request) -> Response:
+        return await self._desire(request, "stopped")
+
+    async def start(self, request: Request) -> Response:
+        return await self._desire(request, "running")
+
+    async def set_provider_status(self, request: Request) -> Response:
+        raw = await read_json(request)
+        wanted = {key: value for key, value in raw.items() if value is not None}
+        changes = read_fields(struct_fields(_StatusFields), wanted, partial=True)
+        if "status" in changes:
+            changes.setdefault("status_message", "")
+        async with self._parts.store.transaction() as tx:
+            provider = await self._named(request, "providers", tx)
+            if "model_deployment_id" in changes:
+                wish = replace(provider.wish, model_deployment_id=changes.pop("model_deployment_id"))
+                provider = await tx.update_wish(provider, wish)
+            if changes:
+                provider = await tx.set_status(provider, replace(provider.status, **changes))
+        return JsonReply(await show_entity(provider, self._parts))
+
+    async def _desire(self, request: Request, desired: str) -> Response:
+        async with self._parts.store.transaction() as tx:
+            deployment = await self._named(request, "deployments", tx)
+            if deployment.wish.deleting:
+                raise Conflict(f"Deployment '{deployment.ref}' is being deleted.")
+            if deployment.wish.desired != desired:
+                deployment = await tx.update_wish(deployment, replace(deployment.wish, desired=desired))
+        return JsonReply(await show_entity(deployment, self._parts))
+
+    async def _named(self, request: Request, kind: str, db: Store | Transaction | None = None) -> Entity:
+        where = request.path_params
+        return await get_entity(db or self._parts.store, kind, where["workspace"], where["name"])
+
+    def _snapshot(self, deployment: Entity) -> Json:
+        return {
+            "status": deployment.status.status,
+            "status_message": deployment.status.status_message,
+            "desired": deployment.wish.desired,
+            "progress": self._parts.host.progress(deployment),
+        }
+
+    async def _follow(self, deployment: Entity) -> AsyncIterator[bytes]:
+        """Server-sent events until the client leaves or the deployment is gone (a last one says DELETED)."""
+        store, last = self._parts.store, None
+        while True:
+            seen = store.revision
+            found = await store.find("deployments", deployment.workspace, deployment.name)
+            if found is None or found.id != deployment.id:
+                yield _event({"status": "DELETED", "status_message": "", "desired": "stopped", "progress": None})
+                return
+            now = self._snapshot(found)
+            if now != last:
+                yield _event(now)
+                last = now
+            elif not await first_of(store.wait_change(seen), self._parts.host.wait_progress(), timeout_s=HEARTBEAT_S):
+                yield b": nothing new\n\n"
+
+
+class _StatusFields(Struct):
+    """The body of a provider's status update; each may be left out. A status without a message has none."""
+
+    model_deployment_id: str
+    served_models: list[ServedModel]
+    status: Status
+    status_message: str
+
+
+def _event(body: Json) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+async def first_of(*works: Work, timeout_s: float) -> bool:
+    """Runs them until the first is done and cancels the rest; False when none was done in time."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return bool(done)
+
+
+async def stream_reply(chunks: AsyncIterator[bytes], media_type: str) -> Response:
+    """`chunks` as a reply. What goes wrong before the first of them is raised, so that it becomes an error reply."""
+    first = asyncio.ensure_future(anext(chunks, None))
+    try:
+        await asyncio.wait({first}, timeout=FIRST_BYTE_WAIT_S)
+    except asyncio.CancelledError:
+        first.cancel()
+        raise
+    if first.done():
+        first.result()
+    return BegunReply(first, chunks, media_type)
+
+
+class BegunReply(StreamingResponse):
+    """Streams the rest of an iterator whose first item is under way, and ends both, whatever happens."""
+
+    def __init__(self, first: asyncio.Future[bytes | None], chunks: AsyncIterator[bytes], media_type: str) -> None:
+        super().__init__(self._chunks(), media_type=media_type)
+        self._first = first
+        self._rest = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._first.cancel()
+            await asyncio.wait({self._first})
+            if isinstance(self._rest, AsyncGenerator):
+                await self._rest.aclose()
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        chunk = await self._first
+        if chunk is not None:
+            yield chunk
+            async for chunk in self._rest:
+                yield chunk

@@ -1,0 +1,345 @@
+"""What must hold for a wish to be accepted, and who needs an entity that is to be deleted.
+
+`complete(...)` runs inside the transaction that writes, so what it finds is still true when the row appears.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from msgspec.structs import replace
+
+from nimhost.auth_header import check_auth_header
+from nimhost.config import Settings
+from nimhost.deployments.desired import model_ref
+from nimhost.entities import (
+    KINDS,
+    Deployment,
+    DeploymentConfig,
+    Entity,
+    Fileset,
+    HuggingFaceStorage,
+    LocalStorage,
+    Model,
+    NgcStorage,
+    Provider,
+    Secret,
+    ToolCallConfig,
+    Wish,
+)
+from nimhost.errors import BadRequest, Conflict, Forbidden, InUse, InvalidRequest
+from nimhost.refs import DEFAULT_WORKSPACE, SYSTEM_WORKSPACE, parse_ref
+
+Json = dict[str, Any]
+_HUB_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_FORBIDDEN_HEADERS = {"authorization": "Authorization", "cookie": "Cookie"}
+
+
+class Reader(Protocol):
+    """The store, or a transaction on it."""
+
+    async def find(self, kind: str, workspace: str, name: str) -> Entity | None: ...
+    async def all(self, kind: str) -> list[Entity]: ...
+
+
+async def complete(kind: str, wish: Wish, workspace: str, db: Reader, settings: Settings) -> Any:
+    """The wish as it is to be stored. Raises BadRequest, InvalidRequest, Forbidden."""
+    rule = RULES.get(kind)
+    return wish if rule is None else await rule(wish, workspace, db, settings)
+
+
+async def check_workspace(workspace: str, db: Reader) -> None:
+    if not await db.find("workspaces", "", workspace):
+        raise InvalidRequest(
+            f"Workspace '{workspace}' does not exist. Please create the workspace first.",
+            hint=f"nimhost workspaces create {workspace}",
+        )
+
+
+# --- secrets, filesets, models -------------------------------------------------------------------------------------
+
+
+async def _secret(wish: Secret, workspace: str, db: Reader, settings: Settings) -> Secret:
+    return replace(wish, value=strip_newline(wish.value))
+
+
+def strip_newline(value: str) -> str:
+    """Without the newline that `echo KEY |` and editors leave. Raises InvalidRequest when nothing is left."""
+    text = value.removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise InvalidRequest.field("Value should not be empty", "value")
+    return text
+
+
+def check_storage(raw: object) -> None:
+    """What is wrong with a storage before its fields are looked at."""
+    if isinstance(raw, dict) and raw.get("type") == "s3":
+        raise BadRequest(
+            "S3 storage is not supported by nimhost.",
+            hint="Use 'local' storage (upload files or name a directory), 'huggingface' or 'ngc'.",
+        )
+
+
+async def _fileset(wish: Fileset, workspace: str, db: Reader, settings: Settings) -> Fileset:
+    match wish.storage:
+        case LocalStorage(path=str(path)):
+            check_local_path(path, settings.files.allow_local_paths)
+        case HuggingFaceStorage() as hub:
+            check_repo_id(hub.repo_id)
+            await _need_secret(hub.token_secret, workspace, db, "token_secret")
+        case NgcStorage() as ngc:
+            await _need_secret(ngc.api_key_secret, workspace, db, "api_key_secret")
+    return wish
+
+
+def check_local_path(path: str, allowed: bool) -> None:
+    if not allowed:
+        raise BadRequest(
+            "Directories of this machine cannot be used as a fileset here.",
+            hint="Set files.allow_local_paths = true in nimhost.toml, or upload the files into the fileset.",
+        )
+    if not os.path.isabs(path) or "\0" in path or not os.path.isdir(path):
+        raise BadRequest(
+            f"storage.path: '{path}' is not an absolute path of a directory on the machine that runs nimhost.",
+            hint=f"Try: ls -d {os.path.abspath(path)}" if path and "\0" not in path else None,
+        )
+
+
+def check_repo_id(repo_id: str) -> None:
+    parts = repo_id.split("/")
+    if not 1 <= len(parts) <= 2 or not all(_HUB_PART.fullmatch(p) and ".." not in p and "--" not in p for p in parts):
+        raise BadRequest(
+            f"storage.repo_id: '{repo_id}' is not the id of a Hugging Face repository.",
+            hint="It looks like 'Qwen/Qwen3-1.7B', without host name and revision.",
+        )
+
+
+async def _need_secret(ref: str | None, workspace: str, db: Reader, field: str) -> None:
+    if ref is None:
+        return
+    where = parse_ref(ref, workspace, "storage", field)
+    if not await db.find("secrets", *where):
+        raise BadRequest(f"Secret not found: {ref}", hint=f"nimhost secrets create {where.name} --from-file -")
+
+
+async def _model(wish: Model, workspace: str, db: Reader, settings: Settings) -> Model:
+    if wish.spec and wish.spec.tool_call_config:
+        check_plugin(wish.spec.tool_call_config, settings)
+    if wish.fileset is not None:
+        where = parse_ref(wish.fileset, workspace, "fileset")
+        if not await db.find("filesets", *where):
+            raise BadRequest(f"Fileset '{wish.fileset}' not found in workspace '{workspace}'")
+    return wish
+
+
+def check_plugin(tools: ToolCallConfig | None, settings: Settings) -> None:
+    if tools and tools.tool_call_plugin is not None and not settings.models.tool_call_plugin.enabled:
+        raise Forbidden(
+            "tool_call_plugin is disabled at the platform level. Set models.tool_call_plugin.enabled=true in the "
+            "platform configuration to allow custom parser plugins."
+        )
+
+
+# --- deployment configs --------------------------------------------------------------------------------------------
+
+
+async def _config(wish: DeploymentConfig, workspace: str, db: Reader, settings: Settings) -> DeploymentConfig:
+    check_config(wish)
+    check_plugin(wish.model_spec.tool_call_config, settings)
+    if wish.model_entity_id is not None:
+        parse_ref(wish.model_entity_id, workspace, "model_entity_id")
+        return wish
+    entity = model_ref(wish.model_spec, workspace)
+    if entity and await db.find("models", *entity):
+        return replace(wish, model_entity_id=str(entity))
+    return wish
+
+
+def check_config(wish: DeploymentConfig) -> None:
+    """The rules that need nothing but the config itself."""
+    spec, executor = wish.model_spec, wish.executor_config
+    if spec.model_revision is not None and "@" in (spec.model_name or ""):
+        raise BadRequest(
+            "model_spec.model_revision cannot be set when model_spec.model_name has a revision ('name@revision').",
+            hint="Say the revision in one of the two places.",
+        )
+    for name in executor.additional_envs or {}:
+        if not _ENV_NAME.fullmatch(name):
+            raise InvalidRequest.field(
+                f"'{name}' cannot be the name of an environment variable", "executor_config", "additional_envs", name
+            )
+    if wish.engine == "generic":
+        _check_generic(wish)
+
+
+def _check_generic(wish: DeploymentConfig) -> None:
+    executor = wish.executor_config
+    for field, why in (
+        ("image_name", "no platform default exists for a generic container"),
+        ("health_check_path", "no platform default exists for a generic container"),
+    ):
+        value = getattr(executor, field)
+        if not value or not value.strip():
+            raise BadRequest(f"The 'generic' engine requires executor_config.{field} to be set ({why}).")
+        if value != value.strip():
+            raise BadRequest(f"executor_config.{field} must not begin or end with a blank.")
+    if wish.model_spec.lora_enabled:
+        raise BadRequest("The 'generic' engine does not support model_spec.lora_enabled.")
+
+
+# --- deployments, providers ----------------------------------------------------------------------------------------
+
+
+async def find_config(wish: Deployment, workspace: str, db: Reader) -> Entity:
+    """The config that a deployment names. Raises BadRequest."""
+    first, slash, rest = wish.config.partition("/")
+    name = rest if slash and first == workspace else wish.config
+    config = await db.find("deployment-configs", workspace, name)
+    if config is None:
+        raise BadRequest(
+            f"Deployment config '{workspace}/{name}' does not exist",
+            hint=f"nimhost inference deployment-configs list --workspace {workspace}",
+        )
+    return config
+
+
+async def _deployment(wish: Deployment, workspace: str, db: Reader, settings: Settings) -> Deployment:
+    config = await find_config(wish, workspace, db)
+    return replace(wish, config=config.name)
+
+
+async def _provider(wish: Provider, workspace: str, db: Reader, settings: Settings) -> Provider:
+    check_provider(wish)
+    secret = wish.api_key_secret_name
+    if secret is not None and not await db.find("secrets", workspace, secret):
+        raise BadRequest(
+            f"Secret '{secret}' not found in workspace '{workspace}'",
+            hint=f"nimhost secrets create {secret} --from-file - --workspace {workspace}",
+        )
+    return wish
+
+
+def check_provider(wish: Provider) -> None:
+    check_url(wish.host_url)
+    for field in ("default_extra_headers", "required_extra_headers"):
+        for name, value in (getattr(wish, field) or {}).items():
+            if word := _FORBIDDEN_HEADERS.get(name.strip().lower()):
+                advice = " Use api_key_secret_name for authentication." if word == "Authorization" else ""
+                raise BadRequest(f"{word} header is not allowed in {field}.{advice}")
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(r"[\r\n\0]", value):
+                raise InvalidRequest.field("Not a header: a token as name, one line as value", field, name)
+    if wish.auth_header_format is not None:
+        check_auth_header(wish.auth_header_format)
+
+
+def check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good or not url.isprintable() or " " in url or parts.username or parts.query or parts.fragment:
+        raise InvalidRequest.field(
+            "Input should be an http:// or https:// URL of a host, without user name, query and fragment",
+            "host_url",
+            input=url,
+            type="url_parsing",
+        )
+
+
+RULES: dict[str, Callable[[Any, str, Reader, Settings], Awaitable[Wish]]] = {
+    "secrets": _secret,
+    "filesets": _fileset,
+    "models": _model,
+    "deployment-configs": _config,
+    "deployments": _deployment,
+    "providers": _provider,
+}
+
+
+# --- deleting ------------------------------------------------------------------------------------------------------
+
+
+async def check_deletable(entity: Entity, db: Reader) -> None:
+    """Raises InUse with the users, Conflict for what can never be deleted by itself."""
+    if entity.kind == "workspaces" and entity.name in (DEFAULT_WORKSPACE, SYSTEM_WORKSPACE):
+        raise Conflict(f"Workspace '{entity.name}' always exists and cannot be deleted.")
+    if entity.kind == "providers" and (owner := await owner_of(entity, db)):
+        raise Conflict(
+            f"Provider '{entity.ref}' belongs to the deployment of that name and goes away with it.",
+            hint=f"nimhost inference deployments delete {owner.name} --workspace {owner.workspace}",
+        )
+    users = await users_of(entity, db)
+    if users:
+        raise InUse(_in_use(entity, users), hint=f"Used by: {', '.join(users)}. Delete or change them first.")
+
+
+def _in_use(entity: Entity, users: list[str]) -> str:
+    if entity.kind == "deployment-configs":
+        return (
+            f"Cannot delete ModelDeploymentConfig '{entity.ref}' because {len(users)} ModelDeployment(s) still"
+            " reference it and are not in DELETED status. Delete the dependent deployments first."
+            f" Users: {', '.join(users)}"
+        )
+    name = entity.ref if entity.workspace else entity.name
+    return f"{KINDS[entity.kind].label} '{name}' is in use by {', '.join(users)}"
+
+
+async def owner_of(provider: Entity, db: Reader) -> Entity | None:
+    """The deployment that a provider was made for."""
+    if provider.wish.model_deployment_id != provider.ref:
+        return None
+    return await db.find("deployments", provider.workspace, provider.name)
+
+
+async def users_of(entity: Entity, db: Reader) -> list[str]:
+    """Who needs it, as `kind workspace/name`. Deployments that are going away need nothing any more."""
+    match entity.kind:
+        case "secrets":
+            return [
+                *await _using("providers", db, lambda e: e.wish.api_key_secret_name, entity),
+                *await _using("filesets", db, _secret_of, entity),
+            ]
+        case "filesets":
+            return await _using("models", db, lambda e: e.wish.fileset, entity)
+        case "models":
+            return await _using("deployment-configs", db, lambda e: e.wish.model_entity_id, entity)
+        case "deployment-configs":
+            return await _using("deployments", db, lambda e: None if e.wish.deleting else e.wish.config, entity)
+        case "workspaces":
+            return [
+                _called(e)
+                for kind in KINDS
+                if kind != "workspaces"
+                for e in await db.all(kind)
+                if e.workspace == entity.name
+            ]
+    return []
+
+
+async def _using(kind: str, db: Reader, ref: Callable[[Entity], str | None], used: Entity) -> list[str]:
+    """Entities of a kind whose reference (`name` in their own workspace, or `workspace/name`) means `used`."""
+    found = []
+    for entity in await db.all(kind):
+        text = ref(entity)
+        if text is not None and (text if "/" in text else f"{entity.workspace}/{text}") == used.ref:
+            found.append(_called(entity))
+    return found
+
+
+def _secret_of(fileset: Entity) -> str | None:
+    match fileset.wish.storage:
+        case HuggingFaceStorage(token_secret=ref):
+            return ref
+        case NgcStorage(api_key_secret=ref):
+            return ref
+    return None
+
+
+def _called(entity: Entity) -> str:
+    return f"{KINDS[entity.kind].label.lower()} {entity.ref}"

@@ -1,0 +1,135 @@
+"""Entities -> JSON of replies. Pure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import fields as struct_fields
+
+from nimhost.entities import KINDS, Entity, Kind, LocalStorage, Model
+
+Json = dict[str, Any]
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """What a reply shows beside the row."""
+
+    verbose: bool = False
+    config_version: int | None = None
+    """Of a deployment that follows its config: the latest."""
+    progress: Json | None = None
+    directory: str | None = None
+    """Of a fileset that nimhost keeps."""
+    hub_endpoint: str | None = None
+
+
+def show(entity: Entity, facts: Facts | None = None, *, nulls: bool = True) -> Json:
+    """The entity as clients see it; without its null fields unless `nulls`. What users wrote freely stays as it is."""
+    kind = KINDS[entity.kind]
+    facts = facts or Facts()
+    body = _identity(entity, kind) | plain(entity.wish, nulls=True)
+    for key, value in plain(entity.status, nulls=True).items():
+        if value is not None or key not in body:
+            body[key] = value
+    for key in (*kind.hidden, *kind.secret):
+        body.pop(key, None)
+    for key in kind.empty_for_null:
+        body[key] = body[key] or ""
+    body |= kind.fixed
+    _adjust(body, entity, facts)
+    return body if nulls else _without_nulls(body, entity)
+
+
+def page_of(
+    items: list[Json], kind: Kind, *, total: int, page: int, page_size: int, sort: str | None, filter: Any
+) -> Json:
+    pages = math.ceil(total / page_size) if total else kind.pages_when_empty
+    body: Json = {
+        "data": items,
+        "pagination": {
+            "page": page,
+            "page_size": page_size,
+            "current_page_size": len(items),
+            "total_pages": pages,
+            "total_results": total,
+        },
+    }
+    if sort is not None:
+        body["sort"] = sort
+    if kind.list_nulls:
+        body["filter"] = filter
+    return body
+
+
+def plain(value: Any, *, nulls: bool) -> Any:
+    """A Struct as JSON; without `nulls`, its own null fields are left out, those in free-form dicts are not."""
+    if isinstance(value, Struct):
+        config = value.__struct_config__
+        tag = {config.tag_field: config.tag} if config.tag_field else {}
+        pairs = ((f.encode_name, getattr(value, f.name)) for f in struct_fields(type(value)))
+        return tag | {key: plain(v, nulls=nulls) for key, v in pairs if nulls or v is not None}
+    if isinstance(value, list | tuple):
+        return [plain(v, nulls=nulls) for v in value]
+    return value
+
+
+def _identity(entity: Entity, kind: Kind) -> Json:
+    return {
+        **({"id": entity.id} if kind.has_id else {}),
+        "name": entity.name,
+        **({"workspace": entity.workspace} if kind.in_workspace else {}),
+        "created_at": entity.created_at,
+        "updated_at": entity.updated_at,
+        **({"entity_version": entity.version} if kind.versioned else {}),
+    }
+
+
+def _adjust(body: Json, entity: Entity, facts: Facts) -> None:
+    """What single kinds show differently from what is stored."""
+    match entity.kind:
+        case "deployments":
+            body["config_version"] = entity.wish.config_version or facts.config_version
+            body["progress"] = facts.progress
+        case "filesets" if isinstance(entity.wish.storage, LocalStorage) and not entity.wish.storage.path:
+            body["storage"]["path"] = facts.directory
+        case "filesets" if "endpoint" in body["storage"]:
+            body["storage"]["endpoint"] = body["storage"]["endpoint"] or facts.hub_endpoint
+        case "models":
+            _mask_model(body, entity.wish, facts.verbose)
+
+
+def _mask_model(body: Json, model: Model, verbose: bool) -> None:
+    if model.spec:
+        body["spec"] |= {"minimum_gpus_all_weights": None, "minimum_gpus_lora": None}
+        if not verbose:
+            body["spec"]["linear_layers"] = None
+    if model.api_endpoint:
+        body["api_endpoint"]["api_key"] = None
+
+
+def _without_nulls(body: Json, entity: Entity) -> Json:
+    """Drops null fields, also those of nested structs; content of free-form fields stays."""
+    fixed = KINDS[entity.kind].fixed
+    kept: Json = {}
+    for key, value in body.items():
+        if value is None:
+            continue
+        source = getattr(entity.wish, key, getattr(entity.status, key, None))
+        if isinstance(source, Struct) or (isinstance(source, list) and any(isinstance(v, Struct) for v in source)):
+            kept[key] = _drop(value, source)
+        elif key in fixed and isinstance(value, dict):
+            kept[key] = {k: v for k, v in value.items() if v is not None}
+        else:
+            kept[key] = value
+    return kept
+
+
+def _drop(value: Any, source: Any) -> Any:
+    """`value` is how `source` is shown; the two are walked together, because only structs lose their nulls."""
+    if isinstance(source, Struct) and isinstance(value, dict):
+        return {k: _drop(v, getattr(source, k, None)) for k, v in value.items() if v is not None}
+    if isinstance(source, list) and isinstance(value, list):
+        return [_drop(v, s) for v, s in zip(value, source, strict=True)]
+    return value
