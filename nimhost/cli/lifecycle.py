@@ -1,0 +1,115 @@
+"""`nimhost stop`, `start` and `rm`"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from nimhost.cli.entities import MADE_BY
+from nimhost.cli.options import address_options, complete_deployment, open_client, show_error
+from nimhost.errors import Conflict, NimhostError, NotFound
+
+if TYPE_CHECKING:
+    from nimhost.client import Client
+
+names_argument = click.argument("names", nargs=-1, required=True, shell_complete=complete_deployment)
+
+
+@click.command()
+@names_argument
+@address_options
+def stop(names: tuple[str, ...]) -> None:
+    """Stop deployments and free their GPUs. They stay listed, with all their settings.
+
+    \b
+    Example:
+      nimhost stop qwen-qwen3-1-7b
+    """
+    with open_client() as client:
+        _each(names, lambda name: _stop(client, name))
+
+
+def _stop(client: Client, name: str) -> None:
+    client.deployments.stop(name)
+    click.echo(f"Stopping {name}. Start it again with: nimhost start {name}")
+
+
+@click.command()
+@names_argument
+@click.option("--no-wait", is_flag=True, help="Do not wait until they are ready.")
+@address_options
+def start(names: tuple[str, ...], no_wait: bool) -> None:
+    """Start stopped deployments, or try failed ones again.
+
+    \b
+    Example:
+      nimhost start qwen-qwen3-1-7b
+    """
+    from nimhost.cli.progress import follow
+
+    with open_client() as client:
+        _each(names, lambda name: client.deployments.start(name))
+        if not no_wait:
+            _each(names, lambda name: follow(client, name))
+
+
+@click.command()
+@names_argument
+@click.option("--keep-config", is_flag=True, help="Keep the config, model and fileset that 'deploy' made with it.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it is gone; keeps the config, model and fileset.")
+@address_options
+def rm(names: tuple[str, ...], keep_config: bool, no_wait: bool) -> None:
+    """Remove deployments, and what 'nimhost deploy' made for them if nothing else uses it. Weights stay in the cache.
+
+    \b
+    Examples:
+      nimhost rm qwen-qwen3-1-7b
+      nimhost rm first second --keep-config
+    """
+    with open_client() as client:
+        _each(names, lambda name: _remove(client, name, keep_config, no_wait))
+
+
+def _remove(client: Client, name: str, keep_config: bool, no_wait: bool) -> None:
+    missing: NotFound | None = None
+    try:
+        client.deployments.delete(name)
+    except NotFound as error:
+        missing = error
+    if missing is None and no_wait:
+        click.echo(f"Removing {name}. Follow it with: nimhost wait {name} --status DELETED")
+        return
+    if missing is None:
+        client.deployments.wait(name, "DELETED")
+    leftovers = [] if keep_config else remove_leftovers(client, name)
+    if missing is not None and not leftovers:
+        raise missing
+    click.echo(f"Removed {name}" + (f" and its {', '.join(leftovers)}." if leftovers else "."))
+
+
+def remove_leftovers(client: Client, name: str) -> list[str]:
+    """Remove what `deploy` made under that name, users before used; the labels of what went."""
+    removed = []
+    for resource in (client.deployment_configs, client.models, client.filesets):
+        try:
+            if (resource.get(name).get("description") or "").startswith(MADE_BY):
+                resource.delete(name)
+                removed.append(resource.kind.label.lower())
+        except (NotFound, Conflict):
+            continue  # not there, or something else still needs it: both are fine
+    return removed
+
+
+def _each(names: tuple[str, ...], act: Callable[[str], object]) -> None:
+    """`act` on each name; one that fails does not keep the others from their turn. Exit code 1 if any did."""
+    failed = False
+    for name in names:
+        try:
+            act(name)
+        except NimhostError as error:
+            failed = True
+            show_error(error)
+    if failed:
+        click.get_current_context().exit(1)

@@ -1,0 +1,91 @@
+"""`nimhost`: the table of commands. Each lives in a module of its own, imported when it is the one that was typed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import click
+
+from nimhost import __version__
+from nimhost.cli.options import address_options, format_option, show_error
+from nimhost.errors import ConfigError, NimhostError
+
+
+class Entry(NamedTuple):
+    """A command: where it lives (`module:name`, of a command or of a function name -> command), and in one line."""
+
+    place: str
+    sentence: str
+
+
+SECTIONS: dict[str, dict[str, Entry]] = {
+    "Run models": {
+        "serve": Entry("nimhost.cli.serve:serve", "Start the daemon."),
+        "deploy": Entry(
+            "nimhost.cli.deploy:deploy", "Run a model, a local directory or an image on this machine's GPUs."
+        ),
+        "chat": Entry("nimhost.cli.chat:chat", "Talk to a model."),
+    },
+    "Look after them": {
+        "ps": Entry("nimhost.cli.ps:ps", "List deployments and providers."),
+        "logs": Entry("nimhost.cli.logs:logs", "Show what an engine printed."),
+        "wait": Entry("nimhost.cli.wait:wait", "Wait until a deployment is ready or gone."),
+        "stop": Entry("nimhost.cli.lifecycle:stop", "Stop deployments and free their GPUs."),
+        "start": Entry("nimhost.cli.lifecycle:start", "Start stopped deployments, or try failed ones again."),
+        "rm": Entry("nimhost.cli.lifecycle:rm", "Remove deployments."),
+    },
+    "Set up": {
+        "config": Entry("nimhost.cli.config:config", "Show or change where this command finds the daemon."),
+        "completion": Entry("nimhost.cli.completion:completion", "Print the completion script of a shell."),
+        "version": Entry("nimhost.cli.config:version", "Print the version."),
+    },
+}
+COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
+
+
+class Root(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module, _, attribute = entry.place.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        command: click.Command = found if isinstance(found, click.Command) else found(cmd_name)
+        command.short_help = entry.sentence
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, entries in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, entry.sentence) for name, entry in entries.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Errors become two lines and an exit code; Ctrl-C leaves without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except NimhostError as error:
+            show_error(error)
+            ctx.exit(2 if isinstance(error, ConfigError) else 1)
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            ctx.exit(130)
+
+
+@click.group(
+    cls=Root,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Begin with:  nimhost serve  and, in another terminal:  nimhost deploy Qwen/Qwen3-1.7B",
+)
+@click.version_option(__version__, "-V", "--version", message="nimhost %(version)s")
+@format_option("table", "json", "yaml", "raw")
+@address_options
+def cli() -> None:
+    """Run NVIDIA NIM and vLLM on your own GPUs behind one OpenAI-compatible endpoint."""
+
+
+def main() -> None:
+    cli(prog_name="nimhost")

@@ -1,0 +1,197 @@
+"""Follow a deployment until it is ready or has failed: one live line per stage on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nimhost.cli.options import settings
+from nimhost.cli.output import print_value
+from nimhost.cli.stages import Stage, View, clock, describe, fold, fraction, plain_lines
+from nimhost.client.resources import POLL_S, gateway_path
+from nimhost.errors import NotFound, NotReady, UpstreamError, UpstreamTimeout
+
+if TYPE_CHECKING:
+    from nimhost.client import Client
+
+QUIET_S = 10.0
+"""How long the progress may say nothing before it is asked for anew: the daemon may have gone without a word."""
+PATIENCE_S = 60.0
+"""How long a daemon may be away before the watching ends. The deployment does not need us."""
+BAR_WIDTH = 24
+
+
+def follow(
+    client: Client, name: str, *, timeout_s: float = math.inf, new: bool = True, output_format: str = "table"
+) -> None:
+    """Returns when it is READY. Raises NotReady with the cause, UpstreamTimeout, or Exit(130) on Ctrl-C."""
+    began = time.monotonic()
+    report = sys.stdout if output_format == "table" else sys.stderr
+    try:
+        with live(report) if report.isatty() else plain(report) as show:
+            view = _watch(client, name, began + timeout_s, show)
+    except KeyboardInterrupt:
+        click.echo(f"\n{name} goes on without this command.\n{_what_next(name)}", err=True)
+        raise click.exceptions.Exit(130) from None
+    except UpstreamTimeout as error:
+        raise UpstreamTimeout(f"{name} is not ready after {timeout_s:g} s.", _what_next(name)) from error
+    if view.status != "READY":
+        raise _failure(name, view)
+    if output_format != "table":
+        print_value(client.deployments.get(name), output_format)
+        return
+    took = f" after {clock(time.monotonic() - began)}" if new else " already"
+    click.echo(f"{click.style(f'{name} is READY', fg='green')}{took}.\n{how_to_use(client, name)}")
+
+
+def _watch(client: Client, name: str, deadline: float, show: Callable[[View], None]) -> View:
+    view = View()
+    for snapshot in snapshots(client, name, deadline):
+        view = fold(view, snapshot, time.monotonic())
+        show(view)
+        if view.status in ("READY", "ERROR", "LOST", "DELETING", "DELETED") or view.desired == "stopped":
+            break
+    return view
+
+
+def snapshots(client: Client, name: str, deadline: float) -> Iterator[Any]:
+    """Progress as it changes. A broken connection is made anew; a daemon without that route is asked again and again.
+
+    Raises UpstreamTimeout at the deadline, NotFound when the deployment is gone.
+    """
+    streamed = True
+    heard_at = time.monotonic()
+    while (now := time.monotonic()) < deadline:
+        try:
+            if streamed:
+                quiet_s = min(QUIET_S, max(deadline - now, 0.01))
+                with closing(client.deployments.follow_progress(name, quiet_s=quiet_s)) as stream:
+                    for snapshot in stream:
+                        heard_at = time.monotonic()
+                        yield snapshot
+            else:
+                yield client.deployments.get(name)
+                heard_at = time.monotonic()
+        except NotFound:
+            if not streamed:
+                raise
+            streamed = False
+        except UpstreamTimeout:
+            continue
+        except (UpstreamError, NotReady):
+            if time.monotonic() - heard_at > PATIENCE_S:
+                raise
+        time.sleep(POLL_S if streamed else min(POLL_S, max(deadline - time.monotonic(), 0)))
+    raise UpstreamTimeout("the deadline passed")
+
+
+def _failure(name: str, view: View) -> NotReady:
+    if view.desired == "stopped":
+        return NotReady(f"{name} was stopped.", f"Start it with: nimhost start {name}")
+    if view.status in ("DELETING", "DELETED"):
+        return NotReady(f"{name} was removed.")
+    hint = f"All of its logs: nimhost logs {name}   Try again: nimhost start {name}   Remove it: nimhost rm {name}"
+    return NotReady(f"{name} failed. {view.status_message}", hint)
+
+
+def _what_next(name: str) -> str:
+    return "\n".join(
+        f"  {what:8} nimhost {command} {name}" for what, command in
+        (("follow:", "wait"), ("logs:", "logs -f"), ("remove:", "rm"))
+    )  # fmt: skip
+
+
+# --- showing it ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def plain(file: Any) -> Iterator[Callable[[View], None]]:
+    before = View()
+
+    def show(view: View) -> None:
+        nonlocal before
+        for line in plain_lines(before, view, time.monotonic()):
+            click.echo(line, file=file)
+        before = view
+
+    yield show
+
+
+@contextlib.contextmanager
+def live(file: Any) -> Iterator[Callable[[View], None]]:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    view = View()
+
+    def render() -> Group:
+        now = time.monotonic()
+        lines = [_line(Text, stage, now) for stage in view.stages]
+        if view.status not in ("READY", "ERROR"):
+            lines.append(Text(f"  {view.status_message}", style="dim", no_wrap=True, overflow="ellipsis"))
+        return Group(*lines)
+
+    def show(latest: View) -> None:
+        nonlocal view
+        view = latest
+
+    with Live(get_renderable=render, console=Console(file=file, highlight=False), refresh_per_second=8):
+        yield show
+
+
+def _line(make_text: Any, stage: Stage, now: float) -> Any:
+    over = stage.ended_at is not None
+    line = make_text(no_wrap=True, overflow="ellipsis")
+    line.append("  ✓ " if over else f"  {'⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏'[int(now * 8) % 10]} ", style="green" if over else "cyan")
+    line.append(f"{stage.name:8} ", style="bold")
+    share = fraction(stage)
+    if share is not None and not over:
+        full = int(share * BAR_WIDTH)
+        line.append("━" * full, style="cyan")
+        line.append("━" * (BAR_WIDTH - full), style="bright_black")
+        line.append(" ")
+    line.append(describe(stage, now), style="dim" if over else "")
+    return line
+
+
+# --- once it is ready ----------------------------------------------------------------------------------------------
+
+
+def how_to_use(client: Client, name: str) -> str:
+    """Endpoint, model name and the two next commands, as far as the deployment serves models."""
+    workspace, provider = _provider(client, name)
+    served = provider.get("served_models") or []
+    gateway = f"{client.base_url}{gateway_path(workspace)}"
+    token = ' -H "Authorization: Bearer $NIMHOST_ACCESS_TOKEN"' if settings().access_token else ""
+    if not served:
+        return (
+            f"  endpoint  {gateway}/provider/{name}/-/\n\nTry it:\n  curl{token} {gateway}/provider/{name}/-/v1/models"
+        )
+    model = served[0]["model_entity_id"]
+    endpoint = f"{client.base_url}/v1" if workspace == "default" else f"{gateway}/openai/-/v1"
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+    curl = f"curl{token} {endpoint}/chat/completions -H 'content-type: application/json' -d '{body}'"
+    return f'  model     {model}\n  endpoint  {endpoint}\n\nTry it:\n  nimhost chat {name} "Hello!"\n  {curl}'
+
+
+def _provider(client: Client, name: str) -> tuple[str, Any]:
+    """The workspace and the provider of a READY deployment, whose models may be listed a moment after it is READY."""
+    deployment = client.deployments.get(name)
+    ref = deployment.get("model_provider_id") or f"{deployment['workspace']}/{name}"
+    provider: Any = {}
+    for _ in range(4):
+        with contextlib.suppress(NotFound):
+            provider = client.providers.get(ref)
+        if provider.get("served_models"):
+            break
+        time.sleep(POLL_S)
+    return deployment["workspace"], provider

@@ -1,0 +1,186 @@
+"""The two clients: the only place that sends anything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, TypedDict
+from urllib.parse import urlsplit
+
+import httpx
+
+import nimhost
+from nimhost.client import settings as client_settings
+from nimhost.client.resources import Resources
+from nimhost.client.streams import MakeDecoder
+from nimhost.client.wire import Done, Flow, Pause, Request, Step, Unreachable, advance, begin, decode, error_from
+from nimhost.errors import BadRequest, NimhostError, UpstreamError, UpstreamTimeout
+
+CONNECT_TIMEOUT_S = 5.0
+LOOPBACK = ("127.", "localhost", "::1")
+
+
+class Options(TypedDict):
+    base_url: str
+    headers: dict[str, str]
+    trust_env: bool
+
+
+class _Client(Resources):
+    """What the two have in common. What is not given comes from the environment or `client.toml`."""
+
+    def __init__(self, base_url: str | None, workspace: str | None, access_token: str | None, timeout_s: float) -> None:
+        flags = {"base_url": base_url, "workspace": workspace, "access_token": access_token}
+        settings = client_settings.load(flags)
+        self.base_url = settings.base_url
+        self._timeout_s = timeout_s
+        self._token = settings.access_token
+        super().__init__(settings.workspace)
+
+    def _options(self) -> Options:
+        headers = {"user-agent": f"nimhost/{nimhost.__version__}"}
+        if self._token:
+            headers["authorization"] = f"Bearer {self._token}"
+        # A proxy of the environment is for the world outside: it cannot reach our loopback address.
+        outside = not (urlsplit(self.base_url).hostname or "").startswith(LOOPBACK)
+        return Options(base_url=self.base_url, headers=headers, trust_env=outside)
+
+    def _arguments(self, request: Request) -> dict[str, Any]:
+        body = {} if request.body is None else {"json": request.body}
+        timeout = self._timeout(self._timeout_s if request.quiet_s is None else request.quiet_s)
+        return {"method": request.method, "url": request.path, "params": request.query, "timeout": timeout, **body}
+
+    def _timeout(self, read_s: float) -> httpx.Timeout:
+        connect_s = min(self._timeout_s, CONNECT_TIMEOUT_S)
+        return httpx.Timeout(self._timeout_s, connect=connect_s, read=None if math.isinf(read_s) else read_s)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Every error of httpx becomes one of ours."""
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise Unreachable(f"No nimhost at {self.base_url} ({_reason(error)})", self._how_to_reach()) from None
+        except httpx.TimeoutException:
+            raise UpstreamTimeout(f"{self.base_url} did not answer in time.") from None
+        except httpx.InvalidURL as error:
+            raise BadRequest(f"{self.base_url}: {error}") from None
+        except httpx.HTTPError as error:
+            raise UpstreamError(f"The connection to {self.base_url} broke off ({_reason(error)}).") from None
+
+    def _how_to_reach(self) -> str:
+        if (urlsplit(self.base_url).hostname or "").startswith(LOOPBACK):
+            return "Start it with: nimhost serve"
+        return "Check that it runs there, and --base-url or NIMHOST_BASE_URL."
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+class Client(_Client):
+    """Blocking. `with Client() as client: client.deployments.list()`"""
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        workspace: str | None = None,
+        access_token: str | None = None,
+        *,
+        timeout_s: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, workspace, access_token, timeout_s)
+        self._http = httpx.Client(**self._options(), transport=transport)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def run(self, flow: Flow[Any]) -> Any:
+        step = begin(flow)
+        while not isinstance(step, Done):
+            step = advance(flow, self._perform(step))
+        return step.value
+
+    def _perform(self, step: Step) -> Any:
+        if isinstance(step, Pause):
+            return time.sleep(step.duration_s)
+        try:
+            with self._translated():
+                reply = self._http.request(**self._arguments(step))
+            return decode(reply.status_code, reply.headers, reply.content)
+        except NimhostError as error:
+            return error
+
+    def stream(self, request: Request, decoder: MakeDecoder) -> Iterator[Any]:
+        """What the reply consists of, as it comes. Close the iterator to stop it."""
+        with self._translated(), self._http.stream(**self._arguments(request)) as reply:
+            if reply.status_code >= 300:
+                raise error_from(reply.status_code, reply.headers, reply.read())
+            decoding = decoder(reply.headers.get("content-type", ""))
+            for data in reply.iter_bytes():
+                yield from decoding.feed(data)
+            yield from decoding.end()
+
+
+class AsyncClient(_Client):
+    """For asyncio. `async with AsyncClient() as client: await client.deployments.list()`"""
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        workspace: str | None = None,
+        access_token: str | None = None,
+        *,
+        timeout_s: float = 60.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, workspace, access_token, timeout_s)
+        self._http = httpx.AsyncClient(**self._options(), transport=transport)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def run(self, flow: Flow[Any]) -> Any:
+        step = begin(flow)
+        while not isinstance(step, Done):
+            step = advance(flow, await self._perform(step))
+        return step.value
+
+    async def _perform(self, step: Step) -> Any:
+        if isinstance(step, Pause):
+            return await asyncio.sleep(step.duration_s)
+        try:
+            with self._translated():
+                reply = await self._http.request(**self._arguments(step))
+            return decode(reply.status_code, reply.headers, reply.content)
+        except NimhostError as error:
+            return error
+
+    async def stream(self, request: Request, decoder: MakeDecoder) -> AsyncIterator[Any]:
+        """What the reply consists of, as it comes. Close the iterator (`aclosing`) to stop it."""
+        with self._translated():
+            async with self._http.stream(**self._arguments(request)) as reply:
+                if reply.status_code >= 300:
+                    raise error_from(reply.status_code, reply.headers, await reply.aread())
+                decoding = decoder(reply.headers.get("content-type", ""))
+                async for data in reply.aiter_bytes():
+                    for item in decoding.feed(data):
+                        yield item
+                for item in decoding.end():
+                    yield item
