@@ -102,11 +102,12 @@ class Reconciler:
             now_s = time.time()
             in_flight = {key: action for key, (action, _) in self._in_flight.items()}
             verdicts = plan(desired, observed, in_flight, now_s, self._limits)
+            await self._on_tick(verdicts, observed)  # routes first: who reads READY finds the way open
             current = [v for v in verdicts if await self._record(v)]
         for verdict in current:
             self._launch(verdict, now_s)
         self._sweep(orphans(observed.instances, desired))
-        await self._on_tick(verdicts, observed)
+        await self._on_tick(verdicts, observed)  # and again with the rows as they are now
         times = [v.wake_at for v in verdicts if v.wake_at is not None] + list(self._not_before.values())
         return max(0.05, min([RESYNC_S, *(at - now_s for at in times if at > now_s)]))
 

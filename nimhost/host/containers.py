@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import logging
 import socket
 import struct
@@ -52,13 +53,13 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60
+_HELLO_TIMEOUT_S = 10
 _ANY_VERSION = "1.24"  # only to ask for the real one
 _THREADS = 32  # a stop holds one for as long as the container takes to end
 _EVENTS = {
     "type": ["container", "image"],
     "event": ["create", "start", "die", "oom", "destroy", "pause", "unpause", "rename", "pull", "delete", "import"],
 }
-_PROBE_IMAGE = "nimhost-probe"
 _EMPTY_TAR = bytes(10_240)
 _UNREACHABLE = (
     requests.RequestException,
@@ -256,16 +257,29 @@ class DockerContainers:
             raise self._translated(error, image=image) from error
 
     def _submit(self, call: Callable[[APIClient], T]) -> Future[T]:
-        future = self._pool.submit(lambda: call(self._connection()))
+        future = self._pool.submit(self._cross, call)
         self._calls.add(future)
         future.add_done_callback(self._calls.discard)
         return future
+
+    def _cross(self, call: Callable[[APIClient], T]) -> T:
+        """In a thread: the call, and a new client for the next one if the connection was lost."""
+        client = self._connection()
+        try:
+            return call(client)
+        except APIError:
+            raise
+        except _UNREACHABLE:
+            with self._lock:
+                self._client = None if self._client is client else self._client
+            client.close()
+            raise
 
     def _connection(self) -> APIClient:
         """The client that short calls share. Blocking; in a thread only."""
         with self._lock:
             if self._client is None:
-                with contextlib.closing(self._connect(version=_ANY_VERSION, timeout_s=_CALL_TIMEOUT_S)) as any_client:
+                with contextlib.closing(self._connect(version=_ANY_VERSION, timeout_s=_HELLO_TIMEOUT_S)) as any_client:
                     version = any_client.version(api_version=False)["ApiVersion"]
                 self._client = self._connect(version=version, timeout_s=_CALL_TIMEOUT_S)
             return self._client
@@ -277,19 +291,16 @@ class DockerContainers:
         return client
 
     def _translated(self, error: Exception, *, image: str = "", pulling: bool = False) -> NimhostError:
-        """Every error of Docker's libraries, as one of ours. After a lost connection the next call makes a new one."""
+        """Every error of Docker's libraries, as one of ours."""
         if isinstance(error, APIError):
             message = str(error.explanation or error)
             if error.status_code == 404 and "no such container" in message.lower():
                 return _Gone(f"Docker: {message}")
             return refusal(error.status_code, message, image=image, pulling=pulling)
-        if not any(isinstance(cause, _UNREACHABLE) for cause in chain(error)):
-            return DockerError(f"Docker: {error}")
-        with self._lock:
-            lost, self._client = self._client, None
-        if lost is not None:
-            lost.close()
-        return unreachable(error, self._host or kwargs_from_env().get("base_url") or "unix:///var/run/docker.sock")
+        if any(isinstance(cause, _UNREACHABLE) for cause in chain(error)):
+            host = self._host or kwargs_from_env().get("base_url") or "unix:///var/run/docker.sock"
+            return unreachable(error, host)
+        return DockerError(f"Docker: {error}")
 
     async def close(self) -> None:
         for stream in self._streams:
@@ -370,18 +381,19 @@ def _remove(client: APIClient, container_id: str) -> None:
 
 
 def _discard(client: APIClient, container_id: str) -> None:
+    """Remove what should not be, if there is anything."""
     with contextlib.suppress(DockerException, *_UNREACHABLE):  # what made it useless is the error to show
         _remove(client, container_id)
 
 
 def _start_empty_with_gpu(client: APIClient) -> None:
     """Always fails; how, tells whether Docker can hand out GPUs. Needs no image: it makes an empty one."""
-    client.import_image_from_data(_EMPTY_TAR, repository=_PROBE_IMAGE)
+    image_id = json.loads(client.import_image_from_data(_EMPTY_TAR))["status"]
+    container_id = ""
     try:
-        container_id = _create(client, None, probe_body(_PROBE_IMAGE))
-        try:
-            client.start(container_id)
-        finally:
-            _remove(client, container_id)
+        container_id = _create(client, None, probe_body(image_id))
+        client.start(container_id)
     finally:
-        client.remove_image(_PROBE_IMAGE, force=True)
+        _discard(client, container_id)
+        with contextlib.suppress(APIError):  # an image of no bytes may stay
+            client.remove_image(image_id, force=True)

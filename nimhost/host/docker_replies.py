@@ -32,6 +32,8 @@ def engine_facts(version: Json, info: Json) -> EngineFacts:
 def image(name: str, reply: Json) -> Image:
     """From `/images/NAME/json`."""
     config = reply.get("Config") or {}
+    digests: list[str] = reply.get("RepoDigests") or []
+    own = [digest for digest in digests if name.startswith(digest.partition("@")[0])]
     return Image(
         id=reply["Id"],
         name=name,
@@ -39,7 +41,7 @@ def image(name: str, reply: Json) -> Image:
         env=environment(config.get("Env")),
         user=config.get("User") or "",
         entrypoint=tuple(config.get("Entrypoint") or ()),
-        digest=next(iter(reply.get("RepoDigests") or ()), None),
+        digest=next(iter(own or digests), None),
     )
 
 

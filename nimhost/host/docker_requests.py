@@ -58,7 +58,8 @@ def gpu_request(*gpu_ids: str) -> Json:
 
 def probe_body(image: str) -> Json:
     """A container that cannot run, and that fails in another way where there is no GPU support."""
-    return {"Image": image, "Cmd": ["/none"], "HostConfig": {"DeviceRequests": [gpu_request()]}}
+    labels = {"io.nimhost.probe": "gpu"}
+    return {"Image": image, "Cmd": ["/none"], "Labels": labels, "HostConfig": {"DeviceRequests": [gpu_request()]}}
 
 
 def refused_limits(message: str, ulimits: Mapping[str, int]) -> tuple[str, ...]:

@@ -88,8 +88,7 @@ class BlockingStream(Generic[T]):
             with self._lock:
                 for sock in self._sockets:
                     sock.close()
-        if not self._cancelled:
-            self._post(None, end)
+        self._post(None, StopIteration() if self._cancelled else end)
 
     def _hold(self, sock: socket.socket) -> None:
         with self._lock:

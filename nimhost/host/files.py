@@ -195,7 +195,8 @@ def _translated() -> Iterator[None]:
 def _directory(base: Path, parts: list[str], *, create: bool = False) -> Iterator[int]:
     """A descriptor of the directory `parts` below `base`, reached step by step and never through a link."""
     if create:
-        base.mkdir(parents=True, exist_ok=True, mode=0o755)
+        base.mkdir(parents=True, exist_ok=True)
+        base.chmod(0o755)  # what a container mounts: the umask has no say in it
     fd = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for part in parts:

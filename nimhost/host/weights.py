@@ -114,9 +114,12 @@ class Weights:
         try:
             child.stdin.write(wire.encode(job) + b"\n")
             verdict = await self._listen(repo, child.stdout)
-        finally:
+        except BaseException:
+            # Only here: after its verdict it ends by itself, and asyncio's kill() would take its exit code away.
             with suppress(ProcessLookupError):
                 child.kill()
+            raise
+        finally:
             child.stdin.close()
             await child.stdout.read()
             exit_code = await child.wait()

@@ -204,16 +204,28 @@ class RepoCache:
 def looks_complete(snapshot: Path) -> bool:
     """Whether a snapshot without any listing has a config and all the weights it speaks of.
 
-    Every file that the index names must be there, and every safetensors file as long as its own header says.
+    Every file that the index names and every part of `-00001-of-00002` must be there, and every safetensors file as
+    long as its own header says.
     """
-    indexes = [*snapshot.glob("*.safetensors.index.json")] or [*snapshot.glob("*.bin.index.json")]
+    safe = {path.name for path in snapshot.glob("*.safetensors")}
+    indexes = [*snapshot.glob("*.safetensors.index.json")] or ([] if safe else [*snapshot.glob("*.bin.index.json")])
     try:
         named = {name for index in indexes for name in json.loads(index.read_bytes())["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return False
-    weights = [*named, *(p.name for p in snapshot.glob("*.safetensors")), *(p.name for p in snapshot.glob("*.bin"))]
+    there = safe or {path.name for path in snapshot.glob("*.bin")}
     has_config = (snapshot / "config.json").is_file() or (snapshot / "adapter_config.json").is_file()
-    return has_config and bool(weights) and all(_whole(snapshot / name) for name in weights)
+    return has_config and bool(there) and all(_whole(snapshot / name) for name in named | _parts(there))
+
+
+def _parts(names: set[str]) -> set[str]:
+    """These files, and the other parts where one is a part: `-00001-of-00002` has a `-00002-of-00002`."""
+    parts = set(names)
+    for name in names:
+        if match := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", name):
+            start, digits, last, end = match[1], len(match[2]), match[3], match[4]
+            parts |= {f"{start}{n:0{digits}}-of-{last}{end}" for n in range(1, int(last) + 1)}
+    return parts
 
 
 def _whole(path: Path) -> bool:

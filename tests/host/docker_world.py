@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from tests.support import wait_until
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("container_program.py")
 IMAGE = "nimhost-test/program:latest"
-OWNER = f"io.nimhost.test-{os.getpid()}"
-"""The label of what these tests made; another run at the same time has another."""
+OWNER = "io.nimhost.test-containers"
+"""The label of what these tests made. Its value is the process that did: another run has another."""
+LABELS = {OWNER: str(os.getpid())}
 NAME = f"nimhost-contract-{os.getpid()}"
 
 
@@ -48,8 +50,11 @@ def build_image(host: str) -> str:
 
 
 def remove_leftovers(client: docker.APIClient) -> None:
+    """Of this run, and of runs that were killed."""
     for row in client.containers(all=True, filters={"label": OWNER}):
-        client.remove_container(row["Id"], force=True)
+        maker = row["Labels"][OWNER]
+        if maker == str(os.getpid()) or not Path("/proc", maker).exists():
+            client.remove_container(row["Id"], force=True)
 
 
 @dataclass
@@ -155,3 +160,13 @@ def push_random_image(client: docker.APIClient, port: int, name: str, size_bytes
     for line in client.push(repository, tag="1", stream=True, decode=True):
         assert "error" not in line, line
     client.remove_image(f"{repository}:1", force=True)
+
+
+@contextlib.contextmanager
+def short_directory() -> Iterator[Path]:
+    """Sockets want short paths. What an engine leaves mounted there is unmounted first."""
+    with tempfile.TemporaryDirectory(prefix="nh", dir="/tmp", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+        for line in reversed(Path("/proc/mounts").read_text().splitlines()):
+            if line.split()[1].startswith(name):
+                subprocess.run(["umount", "-l", line.split()[1]], check=True)

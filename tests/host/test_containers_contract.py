@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.fakes.containers import FakeContainer, FakeContainers
 from tests.host import docker_world
 from tests.support import eventually
 
-LABELS = {docker_world.OWNER: "contract", "io.nimhost.deployment": "default/x"}
+LABELS = {**docker_world.LABELS, "io.nimhost.deployment": "default/x"}
 GPUS = ("GPU-11111111-aaaa", "GPU-22222222-bbbb")
 
 
@@ -45,7 +45,7 @@ class World:
         return await self.containers.run(self.spec(*args), name=name, labels=LABELS, **more)  # type: ignore[arg-type]
 
     async def ours(self) -> list[Container]:
-        return [c for c in await self.containers.list() if docker_world.OWNER in c.labels]
+        return [c for c in await self.containers.list() if c.labels.items() >= LABELS.items()]
 
     async def seen(self, container_id: str) -> Container:
         return next(c for c in await self.containers.list() if c.id == container_id)
@@ -90,8 +90,7 @@ async def fake_world() -> AsyncIterator[World]:
         cannot_start=cannot_start,
         away=away,
     )
-    fake.away = False
-    await fake.close()
+    await fake.stop_all()
 
 
 class FakeProgram:
@@ -339,7 +338,7 @@ async def test_cancelled_run_leaves_nothing_whenever_it_comes(world: World, step
         await world.containers.remove(result.id)  # type: ignore[union-attr]
 
 
-def docker_left(world: World) -> Callable[[], object]:
+def docker_left(world: World) -> Callable[[], Awaitable[list[Container]]]:
     """A look through a new object: the world's own is closed."""
 
     async def look() -> list[Container]:
@@ -347,7 +346,7 @@ def docker_left(world: World) -> Callable[[], object]:
             return await world.ours()
         second = DockerContainers(world.containers._host)  # type: ignore[attr-defined]
         try:
-            return [c for c in await second.list() if docker_world.OWNER in c.labels]
+            return [c for c in await second.list() if c.labels.items() >= LABELS.items()]
         finally:
             await second.close()
 
@@ -431,6 +430,24 @@ async def test_followed_logs_can_be_cancelled_at_once(world: World, program: str
         await eventually(lambda: streams(world) or isinstance(world.containers, FakeContainers))
     await cancelled_at_once(task)
     await eventually(lambda: not streams(world))
+
+
+async def test_closing_ends_open_streams_and_leaves_containers_running(world: World) -> None:
+    container = await world.run("quiet")
+    seen: list[ContainerEvent] = []
+
+    async def watch() -> None:
+        async with aclosing(world.containers.events()) as events:
+            async for event in events:
+                seen.append(event)  # noqa: PERF401 - looked at while it runs
+
+    watching = asyncio.create_task(watch())
+    await eventually(lambda: seen)
+    await world.containers.close()
+
+    with pytest.raises(DockerUnavailable):
+        await asyncio.wait_for(watching, 2)
+    assert [(c.id, c.state) for c in await docker_left(world)()] == [(container.id, "running")]
 
 
 def streams(world: World) -> list[threading.Thread]:

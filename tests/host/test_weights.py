@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -97,6 +98,16 @@ async def test_everybody_may_read_what_was_fetched(hub: FakeHub, cache: Path) ->
         assert mode & 0o555 == 0o555 if path.is_dir() else mode & 0o444 == 0o444, path
 
 
+async def test_what_another_tool_kept_to_itself_is_opened(hub: FakeHub, cache: Path) -> None:
+    path = Path(snapshot_download("org/tiny", cache_dir=cache, endpoint=hub.url, token=False, ignore_patterns="*.txt"))
+    blob = (path / "model.safetensors").resolve()
+    blob.chmod(0o600)
+    path.chmod(0o700)
+    await Weights(cache, hub.url, False, QUICK).fetch(TINY, None, nobody)
+    assert stat.S_IMODE(blob.stat().st_mode) == 0o644
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
 async def test_other_tools_read_our_cache_offline(hub: FakeHub, cache: Path) -> None:
     got = await Weights(cache, hub.url, False, QUICK).fetch(TINY, None, nobody)
     assert snapshot_download("org/tiny", cache_dir=cache, local_files_only=True) == got.path
@@ -164,6 +175,18 @@ async def test_when_the_last_one_leaves_the_process_is_gone_at_once(hub: FakeHub
     assert any(start > 0 for start in hub.starts("model.safetensors"))
 
 
+async def test_download_process_that_hangs_is_gone_too(hub: FakeHub, cache: Path) -> None:
+    hub.faults.bytes_per_s = 2e5
+    fetch = asyncio.create_task(Weights(cache, hub.url, False, QUICK).fetch(TINY, None, nobody))
+    await eventually(lambda: hub.sent_bytes() > 0)
+    (child,) = children()
+    os.kill(child, signal.SIGSTOP)
+    fetch.cancel()
+    await asyncio.wait([fetch], timeout=2)
+    assert fetch.cancelled()
+    assert not Path(f"/proc/{child}").exists()
+
+
 async def test_close_stops_downloads(hub: FakeHub, cache: Path) -> None:
     hub.faults.bytes_per_s = 2e5
     weights = Weights(cache, hub.url, False, QUICK)
@@ -206,6 +229,14 @@ async def test_gated_repository_says_how_to_get_in(hub: FakeHub, cache: Path) ->
     with pytest.raises(WeightsGated, match="refuses the token"):
         await weights.fetch(Repo("org/gated"), "hf_invalid", nobody)
     assert content((await weights.fetch(Repo("org/gated"), "hf_reader", nobody)).path) == KEPT
+    assert hub.leaked == []
+
+
+async def test_renamed_repository_is_followed_with_its_token(hub: FakeHub, cache: Path) -> None:
+    hub.add("org/gated", FILES, gated=True, readers=("hf_reader",))
+    hub.renamed["org/old-name"] = "org/gated"
+    got = await Weights(cache, hub.url, False, QUICK).fetch(Repo("org/old-name"), "hf_reader", nobody)
+    assert content(got.path) == KEPT
     assert hub.leaked == []
 
 

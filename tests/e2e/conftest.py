@@ -1,0 +1,93 @@
+"""Daemons for the tests. What a daemon made is removed by its own label, whatever happened to the daemon."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import docker
+import pytest
+from docker.models.containers import Container
+from docker.types import DeviceRequest
+
+from nimhost.deployments.labels import PREFIX
+from tests.docker.conftest import (  # noqa: F401
+    _registry,
+    _second_engine,
+    docker_engine,
+    fake_engine_image,
+    gpu_requests,
+    light_engine_image,
+    registry,
+    second_engine,
+    tiny_model_dir,
+    vllm_image,
+)
+from tests.e2e.daemon import DaemonProcess
+
+MakeDaemon = Callable[..., DaemonProcess]
+
+
+@pytest.fixture
+def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
+    """`make_daemon(NIMHOST_X__Y="...", DOCKER_HOST=...)`: started, and cleaned up after the test."""
+    made: list[DaemonProcess] = []
+
+    def make(start: bool = True, **env: str) -> DaemonProcess:
+        directory = tmp_path / f"daemon-{len(made)}"
+        directory.mkdir()
+        daemon = DaemonProcess(directory, env)
+        made.append(daemon)
+        if start:
+            daemon.start()
+        return daemon
+
+    yield make
+    for daemon in made:
+        daemon.close()
+        _remove_containers(daemon)
+
+
+def _remove_containers(daemon: DaemonProcess) -> None:
+    if not (daemon.directory / "data" / "nimhost.db").exists():
+        return
+    with contextlib.closing(_client(daemon)) as client:
+        if not _answers(client):
+            return  # there never was an engine to make any
+        for container in client.containers.list(all=True, filters={"label": f"{PREFIX}owner={daemon.owner()}"}):
+            container.remove(force=True, v=True)
+
+
+def _client(daemon: DaemonProcess) -> docker.DockerClient:
+    host = daemon.env.get("DOCKER_HOST")
+    return docker.DockerClient(host, version="1.41") if host else docker.from_env(version="1.41")
+
+
+def _answers(client: docker.DockerClient) -> bool:
+    try:
+        return bool(client.ping())
+    except (docker.errors.DockerException, OSError):
+        return False
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon, gpu_requests: None) -> DaemonProcess:  # noqa: F811
+    """A daemon on the machine's engine, with two simulated GPUs."""
+    return make_daemon()
+
+
+@pytest.fixture
+def run_foreign(docker_engine: docker.DockerClient) -> Iterator[Callable[..., Container]]:  # noqa: F811
+    """`docker run --gpus` of somebody else's."""
+    started: list[Container] = []
+
+    def run(image: str, gpus: list[str]) -> Container:
+        request = DeviceRequest(driver="nvidia", device_ids=gpus, capabilities=[["gpu"]])
+        started.append(docker_engine.containers.run(image, detach=True, device_requests=[request]))
+        return started[-1]
+
+    yield run
+    for container in started:
+        with contextlib.suppress(docker.errors.NotFound):
+            container.remove(force=True)
