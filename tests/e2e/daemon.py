@@ -177,3 +177,9 @@ def containers_of(client: docker.DockerClient, daemon: DaemonProcess) -> dict[st
             inspected = client.api.inspect_container(container["Id"])
             found[inspected["Config"]["Labels"][f"{PREFIX}deployment"].partition("/")[2]] = inspected
     return found
+
+
+def nimhost(daemon: DaemonProcess, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The command, as in a script: neither stdin nor stdout is a terminal."""
+    command = [sys.executable, "-m", "nimhost", "--base-url", daemon.url, *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=400, check=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import docker
@@ -13,7 +12,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import MakeDaemon
-from tests.e2e.daemon import MODELS, DaemonProcess, containers_of
+from tests.e2e.daemon import MODELS, DaemonProcess, containers_of, nimhost
 from tests.images import VLLM_CPU_ENV
 
 pytestmark = [pytest.mark.docker, pytest.mark.vllm, pytest.mark.timeout(420)]
@@ -21,9 +20,7 @@ FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager")
 
 
 @pytest.fixture
-def daemon(
-    make_daemon: MakeDaemon, gpu_requests: None, vllm_image: str, tiny_model_dir: Path
-) -> DaemonProcess:
+def daemon(make_daemon: MakeDaemon, gpu_requests: None, vllm_image: str, tiny_model_dir: Path) -> DaemonProcess:
     """With the tiny model deployed by the CLI, as a user does it."""
     daemon = make_daemon()
     done = nimhost(
@@ -33,11 +30,6 @@ def daemon(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr + daemon.log.read_text()[-3000:]
     return daemon
-
-
-def nimhost(daemon: DaemonProcess, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "nimhost", "--base-url", daemon.url, *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=400, check=False)
 
 
 def test_a_real_engine_answers_through_every_door(daemon: DaemonProcess, docker_engine: docker.DockerClient) -> None:
