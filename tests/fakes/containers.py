@@ -9,7 +9,7 @@ docker.away = True                                # every call raises DockerUnav
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import hashlib
 import inspect
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
@@ -304,9 +304,14 @@ class FakeContainers:
         raise DockerUnavailable("Docker closed the stream of events", "Run: sudo systemctl status docker")
 
     async def close(self) -> None:
-        with contextlib.suppress(DockerUnavailable):
-            for container in list_of(self.containers):
-                await self._stop(container, 137)
+        """Ends the streams. The containers run on, as they do when a daemon ends: a next one may use this object."""
+        for listener in self._listeners:
+            listener.put_nowait(None)
+
+    async def stop_all(self) -> None:
+        """For the end of a test: everything that `on_start` opened gets its `on_stop`."""
+        for container in tuple(self.containers.values()):
+            await self._stop(container, 137)
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -363,10 +368,8 @@ class FakeContainers:
             listener.put_nowait(ContainerEvent(kind="image", action=action, name=name))
 
 
-def list_of(containers: Mapping[str, FakeContainer]) -> tuple[FakeContainer, ...]:
-    return tuple(containers.values())
-
-
 def fake_image(name: str, size_bytes: int = 1000, env: Mapping[str, str] = {}) -> Image:
     """An image as `FakeContainers.images` and `.registry` hold them; its id follows from its name."""
-    return Image(id=f"sha256:{abs(hash(name)):064x}", name=name, size_bytes=size_bytes, env=dict(env))
+    return Image(
+        id=f"sha256:{hashlib.sha256(name.encode()).hexdigest()}", name=name, size_bytes=size_bytes, env=dict(env)
+    )

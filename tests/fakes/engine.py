@@ -527,8 +527,8 @@ class _Connection(asyncio.Protocol):
                     break
             self.transport.close()
         except (ConnectionError, EOFError):
-            self.busy = False  # we broke it off ourselves
-            self.abort()
+            self.busy = False  # we broke it off ourselves; what was written before still goes out
+            self.transport.close()
 
     async def _read(self) -> Received:
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
@@ -588,8 +588,7 @@ class _Connection(asyncio.Protocol):
                 await self.writable.wait()
                 sent += 1
                 self.engine.pieces_sent += 1
-                if faults.chunk_delay_s:
-                    await asyncio.sleep(faults.chunk_delay_s)
+                await asyncio.sleep(faults.chunk_delay_s)  # 0 as well: let the loop notice that the client left
             self.transport.write(b"0\r\n\r\n")
         finally:
             self.engine.open_streams -= 1
@@ -599,7 +598,8 @@ class _Connection(asyncio.Protocol):
         return self.engine.faults.gzip and "gzip" in (request.header("accept-encoding") or "")
 
     def _head(self, status: int, headers: dict[str, str]) -> None:
-        headers = {"server": "fake", "x-fake-instance": self.engine.tag} | headers
+        own = {"date": "Thu, 01 Jan 1970 00:00:00 GMT", "server": "fake", "x-fake-instance": self.engine.tag}
+        headers = own | headers
         lines = [f"HTTP/1.1 {status} Fake", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
         self.transport.write("\r\n".join(lines).encode("latin-1"))
 

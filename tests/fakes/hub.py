@@ -107,6 +107,8 @@ class FakeHub:
     def __init__(self, port: int = 0, page_size: int = 1000) -> None:
         self.faults = Faults()
         self.repos: dict[str, FakeRepo] = {}
+        self.renamed: dict[str, str] = {}
+        """Old names of repositories, which redirect to the new ones."""
         self.tokens: set[str] = set()
         """Tokens that are valid at all; any other is refused."""
         self.page_size = page_size
@@ -223,6 +225,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(f"{self.command} {path}")
         if self._troubled(path):
             return None
+        for old, new in self.hub.renamed.items():
+            if f"/{old}/" in path:
+                return self._reply(307, b"", {"Location": self.path.replace(old, new)})
         if path.startswith("/cdn/"):
             return self._cdn(path.removeprefix("/cdn/"))
         if match := re.fullmatch(r"/api/models/(.+?)/(revision|tree)/(.+)", path):
