@@ -1,7 +1,8 @@
 """The images that the tests and the demo run, made on this machine: no registry is needed.
 
-An image is this machine's own Python, its standard library, some wheels, and every shared library that those load, streamed
-as one tar into `docker import`. A label holds a hash of all that went in, so a second call costs one `docker inspect`.
+An image is this machine's own Python, its standard library, some wheels, and every shared library that those load,
+streamed as one tar into `docker import`. A label holds a hash of all that went in, so a second call costs one
+`docker inspect`.
 
     python -m tests.images fake-engine light-engine vllm-cpu
 """

@@ -1,11 +1,11 @@
 """A Qwen3 of half a megabyte that real engines load and that says one known sentence.
 
-Two layers with small random weights, and in front of them a table of which word follows which: the embeddings are random
+Two layers with small random weights, and around them a table of which word follows which: the embeddings are random
 directions, and each row of `lm_head` is the direction of the word before it. So the answer is known and ends by itself,
 with any engine and any sampling, while all the arithmetic of a model takes place. With `ignore_eos` it never ends.
 
-Everything is written by hand, without torch, so that the demo needs neither torch nor a download: `model.safetensors` for
-vLLM and, beside it, `model.gguf` for llama.cpp.
+Everything is written by hand, so that the demo needs neither torch nor a download: `model.safetensors` for vLLM and,
+beside it, `model.gguf` for llama.cpp.
 
     python -m tests.tiny DIR          the model
     python -m tests.tiny DIR --lora   an adapter for it, which turns the sentence into gibberish
@@ -13,8 +13,10 @@ vLLM and, beside it, `model.gguf` for llama.cpp.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import re
 import struct
 import sys
 from array import array
@@ -23,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 # Each token once: its successor follows from it alone.
-WORDS = "Hello|!| I| am| a| tiny| test| model|,| and| this| sentence| is| all| that| my| weights| can| say|.".split("|")
-SENTENCE = "".join(WORDS)
+SENTENCE = "Hello! I am a tiny test model, and this sentence is all that my weights can say."
+WORDS = re.findall(r" ?\w+|[!,.]", SENTENCE)
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, RANK = 2, 128, 256, 4, 2, 32, 4096, 8
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -183,7 +185,7 @@ def _weights(tokens: list[str]) -> dict[str, Tensor]:
     embeddings = array("f")
     for token, direction in enumerate(directions):
         embeddings.extend(direction if token in spoken else (a + b for a, b in zip(direction, begin, strict=True)))
-    before = {after: directions[token] for token, after in zip(chain, chain[1:], strict=False)} | {chain[0]: begin}
+    before = {after: directions[token] for token, after in itertools.pairwise(chain)} | {chain[0]: begin}
     head = array("f")
     for token in range(len(tokens)):
         row = before.get(token) or [rng.gauss(0, 1) for _ in range(HIDDEN)]

@@ -172,17 +172,21 @@ class Gate:
             self._spawn(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self._upstream_port)) as upstream:
-            self._sockets |= {client, upstream}
+        with client, contextlib.suppress(OSError), self._connect() as upstream:
+            pair = {client, upstream}
+            self._sockets |= pair
             if self._refusal:
                 client.recv(65536)
                 client.sendall(self._refusal)
-            else:
+            elif not self._closed:
                 back = threading.Thread(target=self._pump, args=(upstream, client, True), daemon=True)
                 back.start()
                 self._pump(client, upstream, False)
                 back.join()
-            self._sockets -= {client, upstream}
+            self._sockets -= pair
+
+    def _connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self._upstream_port))
 
     def _pump(self, source: socket.socket, target: socket.socket, limited: bool) -> None:
         with contextlib.suppress(OSError):
@@ -203,7 +207,8 @@ def available() -> bool:
 def _upload(http: httpx.Client, blob: bytes) -> dict[str, str | int]:
     digest = _digest(blob)
     started = http.post("blobs/uploads/").raise_for_status()
-    http.put(started.headers["Location"], params={"digest": digest}, content=blob).raise_for_status()
+    target = httpx.URL(started.headers["Location"]).copy_merge_params({"digest": digest})
+    http.put(target, content=blob).raise_for_status()
     return {"digest": digest, "size": len(blob)}
 
 

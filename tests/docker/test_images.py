@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,19 +149,23 @@ def test_push_copies_an_image_of_the_engine(
         images.untag(ref, client=docker_engine)
 
 
-def test_hanging_pull_goes_on_when_released(docker_engine: docker.DockerClient, registry: Registry) -> None:
+def test_registry_hangs_and_recovers_as_told(docker_engine: docker.DockerClient, registry: Registry) -> None:
     ref = registry.publish("library/slow:1", layers=(400_000,))
-    registry.gate.bytes_per_s = 200_000
     repository, _, tag = ref.rpartition(":")
+    registry.gate.bytes_per_s = 200_000
     events = docker_engine.api.pull(repository, tag, stream=True, decode=True)
-    try:
-        assert next(event for event in events if event["status"] == "Downloading")
-        registry.gate.hang()
-        registry.gate.bytes_per_s = None
-        registry.gate.release()
-        assert "Downloaded newer image" in list(events)[-1]["status"]
-    finally:
-        images.untag(ref, client=docker_engine)
+    assert any(event["status"] == "Downloading" for event in events)
+    registry.gate.hang()
+    rest: list[dict[str, str]] = []
+    reading = threading.Thread(target=lambda: rest.extend(events))
+    reading.start()
+    reading.join(0.5)
+    hung = reading.is_alive()
+    registry.gate.heal()
+    reading.join(30)
+    images.untag(ref, client=docker_engine)
+    assert hung
+    assert "Downloaded newer image" in rest[-1]["status"]
 
 
 def test_registry_refuses_as_told(docker_engine: docker.DockerClient, registry: Registry) -> None:

@@ -21,7 +21,10 @@ from nimhost.deployments.labels import PREFIX
 from tests.support import wait_until
 
 Json = dict[str, Any]
-TWO_GPUS = '[{ name = "SIM-24G", memory_gib = 24 }, { name = "SIM-24G", memory_gib = 24 }]'
+TWO_GPUS = "[{}]".format(
+    ", ".join(f'{{ name = "SIM-24G", memory_gib = 24, uuid = "GPU-test-{os.getpid()}-{i}" }}' for i in range(2))
+)
+"""Their uuids are this test run's own: another one on the same engine holds others."""
 
 
 class DaemonProcess:

@@ -1,0 +1,78 @@
+"""The engine of `scripts/bench gateway`: answers at once, costs next to nothing. Arguments: PORT CHUNKS PAUSE_S."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import uvloop
+
+REPLY_BODY = (
+    b'{"id":"chatcmpl-bench","object":"chat.completion","created":1700000000,"model":"bench-served","choices":'
+    b'[{"index":0,"message":{"role":"assistant","content":"' + b"All work and no play. " * 20 + b'"},'
+    b'"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":12,"completion_tokens":120,"total_tokens":132}}'
+)
+REPLY = b"HTTP/1.1 200 OK\r\nserver: bench\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
+    len(REPLY_BODY),
+    REPLY_BODY,
+)
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nserver: bench\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+
+
+def frame(number: int) -> bytes:
+    """One event of a stream, as vLLM writes it."""
+    return (
+        b'data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1700000000,"model":"bench-served",'
+        b'"choices":[{"index":0,"delta":{"content":" word%d"},"logprobs":null,"finish_reason":null}]}\n\n' % number
+    )
+
+
+def frames(count: int) -> list[bytes]:
+    return [*map(frame, range(count)), b"data: [DONE]\n\n"]
+
+
+class Engine(asyncio.Protocol):
+    def __init__(self, chunks: list[bytes], pause_s: float) -> None:
+        self.chunks, self.pause_s, self.received = chunks, pause_s, b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        while (end := self.received.find(b"\r\n\r\n")) != -1:
+            head = self.received[:end].lower()
+            at = head.find(b"content-length:")
+            size = (
+                int(head[at + 15 : head.find(b"\r\n", at) if head.find(b"\r\n", at) != -1 else None]) if at != -1 else 0
+            )
+            if len(self.received) < end + 4 + size:
+                return
+            body, self.received = self.received[end + 4 : end + 4 + size], self.received[end + 4 + size :]
+            if b'"stream":true' in body or b'"stream": true' in body:
+                self.transport.write(STREAM_HEAD)
+                self.write_chunk(0)
+            else:
+                self.transport.write(REPLY)
+
+    def write_chunk(self, number: int) -> None:
+        if self.transport.is_closing():
+            return
+        self.transport.write(self.chunks[number])
+        if number + 1 < len(self.chunks):
+            asyncio.get_running_loop().call_later(self.pause_s, self.write_chunk, number + 1)
+
+
+async def main(port: int, count: int, pause_s: float) -> None:
+    chunks = [b"%x\r\n%b\r\n" % (len(data), data) for data in frames(count)]
+    chunks[-1] += b"0\r\n\r\n"
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Engine(chunks, pause_s), "127.0.0.1", port, backlog=2048
+    )
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
