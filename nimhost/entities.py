@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, field
-from msgspec.structs import fields as struct_fields
+from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
 from nimhost.errors import AlreadyExists, NotFound
@@ -492,18 +491,3 @@ class Entity(Struct, frozen=True, kw_only=True):
     @property
     def ref(self) -> str:
         return f"{self.workspace}/{self.name}"
-
-
-def patch_type(kind: Kind) -> type[Struct]:
-    """The body of a PATCH: the kind's updatable fields, each one left out (UNSET), null or a value."""
-    return defstruct(
-        f"{kind.wish.__name__}Patch",
-        [
-            (f.name, f.type | UnsetType | None, UNSET)
-            for f in struct_fields(kind.wish)
-            if not kind.updatable or f.name in kind.updatable
-        ],
-        frozen=True,
-        kw_only=True,
-        forbid_unknown_fields=True,
-    )

@@ -20,7 +20,6 @@ from nimhost.entities import KINDS, Deployment, DeploymentStatus, Model, Provide
 from nimhost.errors import AlreadyExists, Conflict, DiskFull, NotFound, NotReady, StartError
 from nimhost.filters import parse_filter
 from nimhost.store import Store
-from tests.support import eventually
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ async def test_a_damaged_database_is_refused_and_left_as_it_is(tmp_path: Path, d
     whole = path.read_bytes()
     broken = {
         "garbage": b"not a database at all" * 300,
-        "page": whole[:8192] + b"\xff" * 8192 + whole[16384:],
+        "page": whole[:-8192] + b"\xff" * 8192,
         "cut": whole[: len(whole) // 2],
         "empty": b"",
     }[damage]
@@ -139,10 +138,14 @@ async def test_a_full_disk_refuses_the_write_changes_nothing_and_the_store_goes_
     store.changed.clear()
     pages = next(iter(await store._db.execute_fetchall("PRAGMA page_count")))[0]
     await store._db.execute_fetchall(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(DiskFull, match="nothing was changed"):
+
+    async def fill() -> None:
         async with store.transaction() as tx:
             for number in range(100):
                 await tx.insert("models", "default", f"m{number}", Model(description="x" * 900))
+
+    with pytest.raises(DiskFull, match="nothing was changed"):
+        await fill()
     assert await store.all("models") == []
     assert not store.changed.is_set()
     await store._db.execute_fetchall("PRAGMA max_page_count = 100000")
@@ -210,10 +213,14 @@ async def test_of_many_who_create_one_name_exactly_one_wins(store: Store) -> Non
 async def test_a_transaction_that_raises_leaves_nothing_and_wakes_nobody(store: Store) -> None:
     store.changed.clear()
     before = store.revision
-    with pytest.raises(RuntimeError):
+
+    async def fail() -> None:
         async with store.transaction() as tx:
             await tx.insert("providers", "default", "p", Provider(host_url="http://x"))
             raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await fail()
     assert await store.find("providers", "default", "p") is None
     assert not store.changed.is_set()
     assert store.revision == before
@@ -248,20 +255,31 @@ async def test_a_cancelled_transaction_is_undone_and_the_next_one_works(store: S
     await add_provider(store)
 
 
-async def test_a_task_cancelled_while_it_commits_has_committed_and_told(store: Store) -> None:
-    inserted = asyncio.Event()
+async def test_a_task_cancelled_while_it_commits_has_committed_and_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committing, go_on = asyncio.Event(), asyncio.Event()
+    commit = store._db.commit
 
-    async def write() -> None:
-        async with store.transaction() as tx:
-            await tx.insert("providers", "default", "p", Provider(host_url="http://x"))
-            asyncio.get_running_loop().call_soon(inserted.set)
+    async def slow_commit() -> None:
+        committing.set()
+        await go_on.wait()
+        await commit()
 
-    task = asyncio.create_task(write())
-    await inserted.wait()
-    task.cancel()
-    await asyncio.wait({task})
-    found = await store.find("providers", "default", "p")
-    assert (found is not None) == store.changed.is_set()
+    store.changed.clear()
+    monkeypatch.setattr(store._db, "commit", slow_commit)
+    task = asyncio.create_task(add_provider(store))
+    await committing.wait()
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await store.find("providers", "default", "p")
+    assert store.changed.is_set()
     await add_provider(store, "next")
 
 
@@ -345,9 +363,7 @@ async def test_pages_filters_and_sorts(store: Store) -> None:
     async def names(query: str, sort: str = "name", page: int = 1, page_size: int = 10) -> tuple[list[str], int]:
         pairs = [tuple(part.split("=", 1)) for part in query.split("&") if part]
         filter, _ = parse_filter(pairs, KINDS["providers"])  # type: ignore[arg-type]
-        rows, total = await store.page(
-            "providers", "default", filter=filter, sort=sort, page=page, page_size=page_size
-        )
+        rows, total = await store.page("providers", "default", filter=filter, sort=sort, page=page, page_size=page_size)
         return [row.name for row in rows], total
 
     assert await names("", page=2, page_size=3) == (["gamma"], 4)
@@ -407,14 +423,31 @@ WRITER = """
 """
 
 
+def run_until_killed(command: list[str]) -> str:
+    """What it printed before it killed itself."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return done.stdout
+
+
+def run_and_kill(command: list[str], after: str) -> int:
+    """How many lines it printed until the kill -9 that followed the line `after`."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout
+        lines = 0
+        for line in child.stdout:
+            lines += 1
+            if line == after:
+                os.kill(child.pid, signal.SIGKILL)
+    return lines
+
+
 @pytest.mark.fault(20)
 @pytest.mark.parametrize("point", [1, 2, 3, 99, 100])
 async def test_killed_between_any_two_statements_leaves_a_whole_deployment_or_none(tmp_path: Path, point: int) -> None:
     path = tmp_path / "nimhost.db"
     command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), str(point)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert done.stdout == "ready\n"
+    assert run_until_killed(command) == "ready\n"
     store = await Store.open(path)
     rows = [len(await store.all(kind)) for kind in ("deployment-configs", "deployments", "providers")]
     versions = await store._db.execute_fetchall("SELECT count(*) FROM versions")
@@ -439,8 +472,7 @@ async def test_killed_while_the_database_is_made_starts_anew(tmp_path: Path) -> 
         schema.MIGRATIONS[:] = [dies]
         asyncio.run(Store.open(Path(sys.argv[1])))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(path)], check=False, timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    run_until_killed([sys.executable, "-c", textwrap.dedent(program), str(path)])
     assert not path.exists()
     store = await Store.open(path)
     assert len(await store.all("workspaces")) == 2
@@ -466,19 +498,9 @@ async def test_killed_in_the_middle_of_many_writes_keeps_every_write_that_was_an
         asyncio.run(main())
     """
     path = tmp_path / "nimhost.db"
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), str(path)], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout
-    for line in child.stdout:
-        if int(line) == 50:
-            os.kill(child.pid, signal.SIGKILL)
-            break
-    answered = 51 + len(child.stdout.readlines())
-    child.stdout.close()
-    child.wait(timeout=10)
+    answered = run_and_kill([sys.executable, "-c", textwrap.dedent(program), str(path)], after="50\n")
     store = await Store.open(path)
-    rows = await eventually(lambda: store.all("providers"))
+    rows = await store.all("providers")
     await store.close()
     assert len(rows) in (answered, answered + 1)
 

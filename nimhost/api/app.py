@@ -7,12 +7,11 @@ import logging
 import re
 from urllib.parse import urlsplit
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
+from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nimhost.api import files, inference, platform, resources
-from nimhost.api.http import answering_bugs, error_reply, on_http_error, on_nimhost_error
+from nimhost.api.http import answering_errors, error_reply
 from nimhost.api.parts import Parts
 from nimhost.config import Settings
 from nimhost.errors import Forbidden, NimhostError
@@ -23,17 +22,8 @@ _GATEWAY = re.compile(r"/v1(/.*)?|/apis/inference-gateway/(?!v2/workspaces/[^/]+
 
 def control_plane(parts: Parts) -> ASGIApp:
     """Everything but traffic to models."""
-    app = Starlette(
-        routes=[
-            *platform.routes(parts),
-            *files.routes(parts),
-            *inference.routes(parts),
-            *resources.routes(parts),
-        ],
-        exception_handlers={NimhostError: on_nimhost_error, HTTPException: on_http_error},
-    )
-    app.router.redirect_slashes = False
-    return answering_bugs(app)
+    routes = [*platform.routes(parts), *files.routes(parts), *inference.routes(parts), *resources.routes(parts)]
+    return answering_errors(Router(routes, redirect_slashes=False))
 
 
 def entry(control: ASGIApp, gateway: ASGIApp, settings: Settings) -> ASGIApp:

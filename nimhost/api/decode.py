@@ -41,8 +41,12 @@ def parse_json(data: bytes) -> Json:
     return found
 
 
-def read_fields(fields: Iterable[FieldInfo], raw: Mapping[str, object], *, partial: bool = False) -> Json:
-    """The values of `raw`, each of its field's type. `partial`: none is required, and null means the default.
+def read_fields(
+    fields: Iterable[FieldInfo], raw: Mapping[str, object], *, partial: bool = False, silent: bool = False
+) -> Json:
+    """The values of `raw`, each of its field's type.
+
+    `partial`: none is required, and null means the default. `silent`: the problems do not repeat what was sent.
 
     Raises InvalidRequest with every problem: unknown, missing and wrong fields.
     """
@@ -64,6 +68,8 @@ def read_fields(fields: Iterable[FieldInfo], raw: Mapping[str, object], *, parti
                 problems.append(Problem(("body", key), "Nested too deeply", "recursion"))
     if not partial:
         problems += [_missing(("body", f.name), raw) for f in known.values() if f.required and f.name not in raw]
+    for problem in problems if silent else ():
+        problem["input"] = None
     if problems:
         raise _refuse(problems)
     return values
@@ -76,7 +82,7 @@ def read_struct(cls: type[Struct], raw: Mapping[str, object]) -> Any:
 def explain(message: str, kind: Any, value: object, loc: Loc) -> Problem:
     """One of msgspec's sentences about `value` as a problem of the wire, with the place inside `loc`."""
     text, _, place = message.partition(" - at `")
-    steps: Loc = tuple(name or int(index) for name, index in _STEP.findall(place))
+    steps: Loc = tuple(name or int(index) for name, index in _STEP.findall(place.removesuffix("`")))
     here, inner = _follow(value, steps), _type_at(kind, steps)
     name = re.search(r"`([^`]*)`", text)
     if text.startswith("Object missing required field") and name:

@@ -125,20 +125,8 @@ def http_error_reply(status: int, detail: str, headers: Mapping[str, str] | None
     return JsonReply({"detail": detail}, status, dict(headers or {}))
 
 
-async def on_nimhost_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, NimhostError)
-    if status_of(error) >= 500:
-        log.warning("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
-    return error_reply(error)
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return http_error_reply(error.status_code, error.detail, error.headers)
-
-
-def answering_bugs(app: ASGIApp) -> ASGIApp:
-    """`app`, with whatever it lets escape logged and answered by a 500 that tells nothing about the inside."""
+def answering_errors(app: ASGIApp) -> ASGIApp:
+    """`app`, with every error that it raises answered; a bug is logged, and its reply tells nothing of the inside."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -149,11 +137,24 @@ def answering_bugs(app: ASGIApp) -> ASGIApp:
             await send(message)
 
         try:
-            await app(scope, receive, sending)
-        except Exception:  # the border: whatever it is, the client gets an answer and the log gets the traceback
-            log.exception("%s %s failed", scope.get("method"), scope.get("path"))
+            await app({**scope, "app": app}, receive, sending)
+        except ClientDisconnect:
+            return
+        except Exception as error:  # the border: whatever it is, the client gets an answer and a bug gets a traceback
+            reply = _answer_to(error, f"{scope['method']} {scope['path']}")
             if begun:
                 raise
-            await http_error_reply(500, "An unexpected error occurred.")(scope, receive, send)
+            await reply(scope, receive, send)
 
     return answer
+
+
+def _answer_to(error: Exception, what: str) -> Response:
+    if isinstance(error, HTTPException):
+        return http_error_reply(error.status_code, error.detail, error.headers)
+    if isinstance(error, NimhostError):
+        if status_of(error) >= 500:
+            log.warning("%s: %s: %s", what, type(error).__name__, error)
+        return error_reply(error)
+    log.error("%s failed", what, exc_info=error)
+    return http_error_reply(500, "An unexpected error occurred.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -122,17 +123,33 @@ class Inference:
         """Server-sent events until the client leaves or the deployment is gone (a last one says DELETED)."""
         store, last = self._parts.store, None
         while True:
-            seen = store.revision
-            found = await store.find("deployments", deployment.workspace, deployment.name)
-            if found is None or found.id != deployment.id:
-                yield _event({"status": "DELETED", "status_message": "", "desired": "stopped", "progress": None})
-                return
-            now = self._snapshot(found)
-            if now != last:
-                yield _event(now)
-                last = now
-            elif not await first_of(store.wait_change(seen), self._parts.host.wait_progress(), timeout_s=HEARTBEAT_S):
-                yield b": nothing new\n\n"
+            # The waits begin before the look: a change in between is not missed.
+            async with cancelling(store.wait_change(store.revision), self._parts.host.wait_progress()) as waits:
+                found = await store.find("deployments", deployment.workspace, deployment.name)
+                if found is None or found.id != deployment.id:
+                    yield _event({"status": "DELETED", "status_message": "", "desired": "stopped", "progress": None})
+                    return
+                now = self._snapshot(found)
+                if now != last:
+                    yield _event(now)
+                    last = now
+                done, _ = await asyncio.wait(waits, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                if not done:
+                    yield b": nothing new\n\n"
+
+
+@asynccontextmanager
+async def cancelling(*works: Work) -> AsyncIterator[list[asyncio.Task[object]]]:
+    """Runs them meanwhile, and ends what is still running at the end."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _StatusFields(Struct):
@@ -146,18 +163,6 @@ class _StatusFields(Struct):
 
 def _event(body: Json) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
-
-
-async def first_of(*works: Work, timeout_s: float) -> bool:
-    """Runs them until the first is done and cancels the rest; False when none was done in time."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return bool(done)
 
 
 async def stream_reply(chunks: AsyncIterator[bytes], media_type: str) -> Response:

@@ -159,7 +159,7 @@ class Resource:
         if self.kind.key == "filesets":
             check_storage(raw.get("storage"))
         fields = [f for f in self._fields if not self.kind.updatable or f.name in self.kind.updatable]
-        changes = read_fields(fields, raw, partial=True)
+        changes = read_fields(fields, raw, partial=True, silent=bool(self.kind.secret))
         async with self.parts.store.transaction() as tx:
             entity = await self._named(request, tx)
             entity = await self._change(tx, entity, replace(entity.wish, **changes), set(changes))
@@ -242,7 +242,8 @@ class Resource:
         return await self.parts.store.version(self.kind.key, entity.workspace, entity.name, int(text[:9]))
 
     def _read(self, raw: Json, named: bool = False) -> Json:
-        return read_fields([*_NAME_FIELD, *self._settable] if named else self._settable, raw)
+        fields = [*_NAME_FIELD, *self._settable] if named else self._settable
+        return read_fields(fields, raw, silent=bool(self.kind.secret))
 
     def _halves(self, values: Json) -> tuple[Any, Json]:
         status = {key: value for key, value in values.items() if key in self.kind.settable_status}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from msgspec import Struct
-from msgspec.structs import fields as struct_fields
+from msgspec import Struct, to_builtins
 
 from nimhost.entities import KINDS, Entity, Kind, LocalStorage, Model
 
@@ -29,8 +28,8 @@ def show(entity: Entity, facts: Facts | None = None, *, nulls: bool = True) -> J
     """The entity as clients see it; without its null fields unless `nulls`. What users wrote freely stays as it is."""
     kind = KINDS[entity.kind]
     facts = facts or Facts()
-    body = _identity(entity, kind) | plain(entity.wish, nulls=True)
-    for key, value in plain(entity.status, nulls=True).items():
+    body = _identity(entity, kind) | to_builtins(entity.wish)
+    for key, value in to_builtins(entity.status).items():
         if value is not None or key not in body:
             body[key] = value
     for key in (*kind.hidden, *kind.secret):
@@ -61,18 +60,6 @@ def page_of(
     if kind.list_nulls:
         body["filter"] = filter
     return body
-
-
-def plain(value: Any, *, nulls: bool) -> Any:
-    """A Struct as JSON; without `nulls`, its own null fields are left out, those in free-form dicts are not."""
-    if isinstance(value, Struct):
-        config = value.__struct_config__
-        tag = {config.tag_field: config.tag} if config.tag_field else {}
-        pairs = ((f.encode_name, getattr(value, f.name)) for f in struct_fields(type(value)))
-        return tag | {key: plain(v, nulls=nulls) for key, v in pairs if nulls or v is not None}
-    if isinstance(value, list | tuple):
-        return [plain(v, nulls=nulls) for v in value]
-    return value
 
 
 def _identity(entity: Entity, kind: Kind) -> Json:

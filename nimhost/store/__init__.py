@@ -182,13 +182,17 @@ class Store:
 
 
 async def _finish(work: Awaitable[None]) -> None:
-    """Awaits `work` to its end even when we are cancelled: a commit is never left half-way."""
+    """Awaits `work` to its end even when we are cancelled, and again: a commit is never left half-way."""
     task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    task.result()
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 async def _ensure_workspaces(db: aiosqlite.Connection) -> None:

@@ -1,0 +1,111 @@
+"""The import rules of the design: downward only, decisions without effects, one importer per outside library."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "nimhost"
+PURE = [
+    "errors", "refs", "entities", "filters", "auth_header", "engines", "models", "deployments.desired",
+    "deployments.labels", "deployments.observed", "deployments.plan", "deployments.preflight", "deployments.retry",
+    "gateway.routes", "gateway.paths", "gateway.headers", "gateway.bodies", "api.decode", "api.show",
+]  # fmt: skip
+"""No I/O, no clock, no asyncio, no logging."""
+EFFECTS = [
+    "asyncio", "concurrent", "fcntl", "http", "io", "logging", "multiprocessing", "os", "pathlib", "random", "secrets",
+    "select", "shutil", "signal", "socket", "sqlite3", "subprocess", "sys", "tempfile", "threading", "time", "uuid",
+    "urllib.request", "aiohttp", "aiosqlite", "click", "cryptography", "docker", "httpx", "huggingface_hub", "pynvml",
+    "requests", "rich", "starlette",
+]  # fmt: skip
+LAYERS = (
+    ["errors"],
+    ["refs", "entities"],
+    ["config", "engines", "models", "filters", "auth_header"],
+    [name for name in PURE if name.startswith("deployments.")] + ["gateway.routes", "gateway.paths"],
+    ["store", "host", "gateway"],
+    ["deployments"],
+    ["nim", "api"],
+    ["view", "daemon"],
+)
+BESIDE = {"client": ["errors", "refs", "entities"], "cli": ["client", "errors", "refs"], "__main__": ["cli"]}
+"""They look at nothing else. `cli.serve` is the one door from the CLI to the daemon."""
+IMPORTERS = {
+    "aiohttp": ["gateway"], "aiosqlite": ["store"], "click": ["cli"], "cryptography": ["host.vault"],
+    "docker": ["host.containers"], "httpx": ["client", "deployments.discovery", "deployments.probe"],
+    "huggingface_hub": ["host.weights_child"], "jinja2": ["auth_header"], "pynvml": ["host.gpus"], "rich": ["cli"],
+    "starlette": ["api"], "uvicorn": ["daemon"], "uvloop": ["daemon"],
+}  # fmt: skip
+
+
+def modules() -> dict[str, set[str]]:
+    """Module (without `nimhost.`) -> everything it imports anywhere, `from x import y` as x and x.y."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        imports: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imports |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{name} imports relatively"
+                imports |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[name] = imports
+    return found
+
+
+MODULES = modules()
+NAMES = sorted(name for name in MODULES if name != "__init__")
+
+
+def within(name: str, places: list[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def own(name: str) -> list[str]:
+    """The modules of ours that one imports, `nimhost` itself (the version, the public names) aside."""
+    return [found for i in MODULES[name] if (found := i.removeprefix("nimhost.")) != i and found in MODULES]
+
+
+def layer(name: str) -> int:
+    return next((number for number, places in enumerate(LAYERS) if within(name, places)), -1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_go_downward(name: str) -> None:
+    package = name.partition(".")[0]
+    if package in BESIDE:
+        allowed = [package, *BESIDE[package], *(["daemon"] if name == "cli.serve" else [])]
+        assert [i for i in own(name) if not within(i, allowed)] == []
+        return
+    assert layer(name) >= 0, f"say in LAYERS where {name} belongs"
+    upward = [i for i in own(name) if layer(i) < 0 or layer(i) > layer(name)]
+    sideways = [i for i in own(name) if layer(i) == layer(name) and i.partition(".")[0] != package]
+    ordered = within(name, ["entities", "refs", "view", "daemon", "filters", "auth_header"])
+    assert upward == []
+    assert ordered or sideways == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if within(name, PURE)])
+def test_what_decides_has_no_effects(name: str) -> None:
+    assert {i for i in MODULES[name] if within(i, EFFECTS)} == set()
+
+
+@pytest.mark.parametrize("library", IMPORTERS)
+def test_an_outside_library_has_one_importer(library: str) -> None:
+    importers = [name for name, imports in MODULES.items() if any(within(i, [library]) for i in imports)]
+    assert [name for name in importers if not within(name, IMPORTERS[library])] == []
+
+
+def test_every_outside_library_is_in_the_table() -> None:
+    declared = (ROOT.parent / "pyproject.toml").read_text().partition("dependencies = [")[2].partition("]")[0]
+    names = {line.strip(' ",').partition(">")[0].replace("-", "_") for line in declared.splitlines() if line.strip()}
+    free = {"msgspec", "httptools", "prometheus_client", "nvidia_ml_py"}
+    assert names - free - set(IMPORTERS) == set()
+
+
+def test_modules_are_short_enough_to_read() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    assert {name: n for name, n in lengths.items() if n > 400 and name != "entities.py"} == {}
