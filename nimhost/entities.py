@@ -296,6 +296,10 @@ class Run(Struct, frozen=True, kw_only=True):
     waiting_since: float = 0.0
     """When it began to wait for GPUs: its place in the queue."""
 
+    def forgiven(self) -> Run:
+        """With nothing held against it: what a person gets who says stop or start."""
+        return replace(self, attempts=0, failure=None, retry_at=0.0, waiting_since=0.0)
+
 
 class DeploymentStatus(Struct, frozen=True, kw_only=True):
     status: Status = "CREATED"

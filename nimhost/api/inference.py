@@ -103,8 +103,10 @@ class Inference:
             deployment = await self._named(request, "deployments", tx)
             if deployment.wish.deleting:
                 raise Conflict(f"Deployment '{deployment.ref}' is being deleted.")
-            if deployment.wish.desired != desired:
+            if deployment.wish.desired != desired or deployment.status.run.failure is not None:
                 deployment = await tx.update_wish(deployment, replace(deployment.wish, desired=desired))
+                status = replace(deployment.status, run=deployment.status.run.forgiven())
+                deployment = await tx.set_status(deployment, status)
         return JsonReply(await show_entity(deployment, self._parts))
 
     async def _named(self, request: Request, kind: str, db: Store | Transaction | None = None) -> Entity:

@@ -94,7 +94,7 @@ class Discovery:
                 status = msgspec.structs.replace(status, served_models=provider.status.served_models)
             if provider.status == status:
                 return
-            await write_provider(tx, provider, provider.wish.host_url, status)
+            await write_provider(tx, provider, status)
         self._on_change()
 
 

@@ -202,8 +202,8 @@ def _docker_away(s: _Situation) -> Verdict | None:
 def _stopped(s: _Situation) -> Verdict | None:  # 3
     if not s.desired.stopped:
         return None
-    run = replace(s.run, attempts=0, failure=None, retry_at=0.0, waiting_since=0.0)
-    return s.verdict("PENDING", f"Stopped. Start it with: nimhost start {s.desired.ref.name}", _removal(s), run)
+    message = f"Stopped. Start it with: nimhost start {s.desired.ref.name}"
+    return s.verdict("PENDING", message, _removal(s), s.run.forgiven())
 
 
 def _replaced(s: _Situation) -> Verdict | None:  # 4

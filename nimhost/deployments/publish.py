@@ -38,13 +38,21 @@ def entity_for(name: str, workspace: str) -> str | None:
 
 async def publish_engine(store: Store, d: Desired, instance: Instance) -> None:
     """The provider row of a deployment that is READY, and the model entities for what it serves."""
+    served = served_models(d, instance.health.models)
+    status = ProviderStatus(
+        status="READY",
+        status_message="" if served else NO_MODELS,
+        served_models=served,
+        host_url=f"http://127.0.0.1:{instance.port}",
+    )
+    shown = await store.find("providers", *d.ref)
+    if shown is not None and shown.status == status:
+        return  # as nearly always: nothing to write
     async with store.transaction() as tx:
         provider = await tx.find("providers", *d.ref)
         if provider is None or provider.wish.model_deployment_id != str(d.ref):
             return  # deleted, or somebody else's by now
-        served = served_models(d, instance.health.models)
-        status = ProviderStatus(status="READY", status_message="" if served else NO_MODELS, served_models=served)
-        await write_provider(tx, provider, f"http://127.0.0.1:{instance.port}", status)
+        await write_provider(tx, provider, status)
 
 
 async def publish_absence(store: Store, d: Desired, status: DeploymentStatus) -> None:
@@ -57,10 +65,8 @@ async def publish_absence(store: Store, d: Desired, status: DeploymentStatus) ->
                 await tx.set_status(provider, gone)
 
 
-async def write_provider(tx: Transaction, provider: Entity, url: str, status: ProviderStatus) -> None:
-    """Writes what changed, entities for newly served models included; nothing when nothing did."""
-    if provider.wish.host_url != url:
-        provider = await tx.update_wish(provider, replace(provider.wish, host_url=url))
+async def write_provider(tx: Transaction, provider: Entity, status: ProviderStatus) -> None:
+    """The status of a provider, and entities for models that it newly serves; nothing when nothing changed."""
     if provider.status == status:
         return
     await tx.set_status(provider, status)

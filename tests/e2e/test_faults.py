@@ -61,8 +61,7 @@ def test_kill_9_while_three_serve_and_one_is_pulled(
         assert [line for line in reply.iter_lines() if line][-1] == "data: [DONE]"
     assert identities(docker_engine, daemon) == before
     for name in ("aa", "bb", "cc"):
-        statuses = [entry["status"] for entry in (daemon.deployment(name) or {})["status_history"]]
-        assert statuses.count("READY") == 1  # adopting is nothing that happens to a deployment
+        assert _statuses(daemon, name).count("READY") == 1  # adopting is nothing that happens to a deployment
     taken = [gpu["holder"] for gpu in daemon.http.get("/apis/nimhost/v1/gpus").json()["data"]]
     assert sorted(taken) == ["default/aa", "default/bb"]
     registry.gate.heal()
@@ -107,6 +106,8 @@ def test_a_crash_is_healed_and_a_crash_loop_ends_in_an_error_with_its_log(
     ended = daemon.wait("doomed", "ERROR")
     assert "exited with code 3" in ended["status_message"]
     assert "ValueError: no such parser" in ended["status_message"]
+    assert daemon.http.post(f"{MODELS}/deployments/doomed/start").status_code == 200
+    wait_until(lambda: _statuses(daemon, "doomed").count("ERROR") == 2, 20)  # a person asked: a new chance, that fails
     logs = daemon.http.get(f"{MODELS}/deployments/doomed/logs").text
     assert "ValueError: no such parser" in logs
     # An exited container holds no GPU.
@@ -311,6 +312,10 @@ def test_sigterm_ends_with_0_and_leaves_engines_running(
     daemon.wait("one", "READY")
     assert daemon.stop() == 0
     assert containers_of(docker_engine, daemon)["one"]["State"]["Status"] == "running"
+
+
+def _statuses(daemon: DaemonProcess, name: str) -> list[str]:
+    return [entry["status"] for entry in (daemon.deployment(name) or {})["status_history"]]
 
 
 def with_image(engine: SecondEngine) -> None:
