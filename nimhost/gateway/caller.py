@@ -13,7 +13,6 @@ from typing import Any
 from nimhost.errors import NimhostError
 from nimhost.gateway.exchange import ClientLeft, Exchange, Receive
 from nimhost.gateway.headers import REQUEST_ID, RawHeaders, find
-from nimhost.gateway.paths import SHORT_PREFIX
 from nimhost.gateway.replies import BodyTooLarge, error_event, error_reply
 
 __all__ = ["Caller", "ClientLeft", "Receive", "Scope", "Send", "Upload"]
@@ -95,7 +94,7 @@ class Caller:
         is not whole.
         """
         if self._reply_headers is None:
-            short = self.scope["path"].startswith(SHORT_PREFIX)
+            short = not self.scope["path"].startswith("/apis/")
             await self.answer(*error_reply(error, short=short))
             return
         logger.warning("request %s broke off: %s", self.request_id, error)

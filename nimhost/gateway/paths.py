@@ -5,6 +5,7 @@ Every decision is made on the decoded path, and what is sent is made from the ve
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Literal, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -42,7 +43,8 @@ def parse_place(path: str) -> Place:
     """Raises NotFound for what is no route of the gateway."""
     if path.startswith(SHORT_PREFIX):
         return Place("short", "default", "", path[1:])
-    workspace, _, rest = path[len(PREFIX) :].partition("/")
+    own = path[len(PREFIX) :] if path.startswith(PREFIX) else ""
+    workspace, _, rest = own.partition("/")
     kind, _, rest = rest.partition("/")
     name, dash, tail = f"/{rest}".partition("/-/")
     name = name[1:]
@@ -73,6 +75,7 @@ VLLM_PATHS = _words("""
     /v1/audio/translations /v1/audio/speech /v1/images/generations /v1/images/edits /v1/images/variations /v1/models
     /v1/health/live /v1/health/ready /v1/metadata /v1/version /v1/license /v1/manifest /v1/metrics
 """)
+_WORD = re.compile(r"[a-z0-9_-]*")
 VLLM_PREFIXES = ("/v1/models/", "/v1/responses/")
 
 CONTROL_WORDS = _words("""
@@ -134,9 +137,12 @@ def _collapse(tail: str) -> str:
 
 
 def _decide(policy: Policy, path: str) -> None:
-    """Allow-list for vLLM, deny-list of control endpoints for NIM and generic images."""
+    """Allow-list for vLLM, deny-list of control endpoints for NIM and generic images.
+
+    A control endpoint is recognised in any case and with anything behind its name: `Sleep`, `sleep;x`, `sleep?`.
+    """
     plain = path.rstrip("/")
-    segments = [segment.partition(";")[0].lower() for segment in plain.split("/")]
+    segments = [_WORD.match(segment.lower())[0] for segment in plain.split("/")]  # type: ignore[index]  # matches ""
     lower = "/".join(segments)
     if not CONTROL_WORDS.isdisjoint(segments) or lower in CONTROL_PATHS or lower.startswith(CONTROL_PREFIXES):
         raise Forbidden(

@@ -41,6 +41,9 @@ class Reply:
         try:
             return await self._content.readany()
         except (aiohttp.ClientError, OSError) as error:
+            # aiohttp raises at once and keeps what came before the break; the client is owed those bytes first.
+            if rest := self._content._read_nowait(-1):
+                return rest
             raise _translate(error, self._route, "broke off in the middle of its reply") from error
 
     def close(self) -> None:

@@ -42,6 +42,12 @@ def test_path_that_is_no_route_is_not_found(rest: str) -> None:
         parse_place(f"{G}/default/{rest}")
 
 
+@pytest.mark.parametrize("path", ["/v1", "/", f"x{G[1:]}/default/provider/p/-/v1/x", "/apis/inference-gateway/v2"])
+def test_path_of_somewhere_else_is_not_found(path: str) -> None:
+    with pytest.raises(NotFound):
+        parse_place(path)
+
+
 @pytest.mark.parametrize(
     ("base", "tail", "url"),
     [
