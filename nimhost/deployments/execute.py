@@ -119,7 +119,7 @@ class Executor:
         docker = self._settings.docker
         await self._containers.run(
             spec,
-            name=container_name(d.ref, d.hash),
+            name=container_name(d.ref, d.hash, owner),
             image_id=run.image_id,
             env=await self._secret_env(spec),
             labels=labels.encode(),

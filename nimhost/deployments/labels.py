@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import msgspec
@@ -56,5 +57,6 @@ def read_labels(labels: Mapping[str, str]) -> Labels | None:
         return None
 
 
-def container_name(ref: Ref, wish_hash: str) -> str:
-    return f"nimhost-{ref.workspace}-{ref.name}-{wish_hash[:8]}"
+def container_name(ref: Ref, wish_hash: str, owner: str) -> str:
+    """Another installation on the same engine, with the same wish under the same name, gets another one."""
+    return f"nimhost-{ref.workspace}-{ref.name}-{hashlib.sha256(f'{owner}/{wish_hash}'.encode()).hexdigest()[:8]}"

@@ -25,6 +25,7 @@ from tests.docker.conftest import (  # noqa: F401
     vllm_image,
 )
 from tests.e2e.daemon import DaemonProcess
+from tests.support import wait_until
 
 MakeDaemon = Callable[..., DaemonProcess]
 
@@ -55,8 +56,16 @@ def _remove_containers(daemon: DaemonProcess) -> None:
     with contextlib.closing(_client(daemon)) as client:
         if not _answers(client):
             return  # there never was an engine to make any
-        for container in client.containers.list(all=True, filters={"label": f"{PREFIX}owner={daemon.owner()}"}):
-            container.remove(force=True, v=True)
+        wait_until(lambda: _removed(client, f"{PREFIX}owner={daemon.owner()}"), 20)
+
+
+def _removed(client: docker.DockerClient, label: str) -> bool:
+    """Again until none is left: a killed daemon may have been in the middle of making or removing one."""
+    found = client.api.containers(all=True, filters={"label": label})
+    for container in found:
+        with contextlib.suppress(docker.errors.APIError):
+            client.api.remove_container(container["Id"], force=True, v=True)
+    return not found
 
 
 def _client(daemon: DaemonProcess) -> docker.DockerClient:
