@@ -1,0 +1,192 @@
+"""The loop on a Docker in memory: what it does when things happen, and that it does no more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from nimhost.config import Deployments
+from nimhost.errors import DiskFull, DockerError, RegistryUnavailable
+from tests.fakes.engine import Faults
+from tests.support import eventually
+from tests.world import IMAGE, MODELS, World
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with World(tmp_path) as world:
+        yield world
+
+
+async def test_what_is_deployed_serves_and_what_is_deleted_is_gone(world: World) -> None:
+    await world.deploy("one")
+    await world.wait("one", "READY")
+    assert len(world.engines) == 1
+    await world.delete("one")
+    await world.gone("one")
+    assert world.docker.containers == {}
+    assert (await world.http.get(f"{MODELS}/providers/one")).status_code == 404
+
+
+async def test_a_restart_adopts_and_starts_nothing(world: World) -> None:
+    await world.deploy("one")
+    await world.wait("one", "READY")
+    before = list(world.docker.containers)
+    world.docker.calls.clear()
+    await world.restart()
+    shown = await world.wait("one", "READY")
+    assert list(world.docker.containers) == before
+    assert not {"run", "create", "start", "stop", "remove"} & set(world.docker.calls)
+    assert [entry["status"] for entry in shown["status_history"]].count("READY") == 1
+
+
+async def test_a_quiet_daemon_asks_docker_nothing(world: World) -> None:
+    await world.deploy("one")
+    await world.wait("one", "READY")
+    await asyncio.sleep(0)
+    calls = len(world.docker.calls)
+    revision = world.daemon.store.revision
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(world.daemon.store.wait_change(revision), 0.5)
+    assert len(world.docker.calls) == calls
+
+
+@pytest.mark.fault(1)
+@pytest.mark.fault(20)
+async def test_a_pull_that_hangs_can_be_deleted_at_once(world: World) -> None:
+    world.docker.registry["slow:1"] = world.docker.images[IMAGE]
+    world.docker.pull_hangs = True
+    await world.deploy("one", "slow:1")
+    await world.wait("one", "PENDING", "Pulling container image slow:1")
+    await world.delete("one")
+    await world.gone("one")
+
+
+@pytest.mark.fault(20)
+async def test_a_pull_is_begun_again_after_a_restart(world: World) -> None:
+    world.docker.registry["slow:1"] = world.docker.images[IMAGE]
+    world.docker.pull_hangs = True
+    await world.deploy("one", "slow:1")
+    await world.wait("one", "PENDING", "Pulling container image slow:1")
+    world.docker.pull_hangs = False
+    await world.restart()
+    await world.wait("one", "READY")
+
+
+@pytest.mark.fault(2)
+async def test_a_registry_that_is_away_is_tried_again_until_the_limit(world: World) -> None:
+    world.docker.pull_error = RegistryUnavailable("The registry is away.")
+    await world.deploy("one", "slow:1")
+    ended = await world.wait("one", "ERROR", "The registry is away.")
+    assert world.docker.calls.count("pull") == world.settings.deployments.restart_limit
+    assert ended["status_history"][-1]["status"] == "ERROR"
+
+
+@pytest.mark.fault(17)
+async def test_a_full_disk_pauses_and_goes_on(world: World) -> None:
+    world.docker.pull_error = DiskFull("No space left in /var/lib/docker.")
+    world.docker.registry["slow:1"] = world.docker.images[IMAGE]
+    await world.deploy("one", "slow:1")
+    await world.wait("one", "PENDING", "No space left in /var/lib/docker.")
+    world.docker.pull_error = None
+    await world.wait("one", "READY")
+
+
+@pytest.mark.fault(3)
+async def test_the_first_error_of_a_start_is_the_one_that_is_shown(world: World) -> None:
+    world.docker.start_error = DockerError("driver failed")
+    await world.deploy("one")
+    await world.wait("one", "ERROR", "driver failed")
+    assert world.docker.containers == {}
+
+
+@pytest.mark.fault(21)
+async def test_docker_goes_and_comes_back(world: World) -> None:
+    await world.deploy("one")
+    await world.wait("one", "READY")
+    world.docker.away = True
+    await world.wait("one", "UNKNOWN")
+    assert len(world.docker.containers) == 1
+    world.docker.away = False
+    await world.wait("one", "READY")
+
+
+@pytest.mark.fault(8)
+async def test_an_exited_engine_gives_its_gpus_to_who_waits(tmp_path: Path) -> None:
+    patient = Deployments(restart_backoff_s=60)
+    async with World(tmp_path, gpus=1, deployments=patient) as world:
+        await world.deploy("one")
+        await world.wait("one", "READY")
+        await world.deploy("two")
+        await world.wait("two", "PENDING", "held by default/one")
+        (container,) = world.docker.containers
+        world.docker.exit(container, 1, log="boom")
+        await world.wait("one", "PENDING", "Container exited with code 1")
+        await world.wait("two", "READY")
+
+
+@pytest.mark.fault(22)
+async def test_failures_survive_a_restart_of_the_daemon(world: World) -> None:
+    world.faults = Faults(crash_exit_code=3, stderr=("no such parser",))
+    world.docker.start_error = DockerError("broken")
+    await world.deploy("one")
+    await world.wait("one", "ERROR", "broken")
+    calls = world.docker.calls.count("run")
+    await world.restart()
+    await world.wait("one", "ERROR", "broken")
+    assert world.docker.calls.count("run") == calls
+
+
+async def test_a_config_that_changes_replaces_the_engine(world: World) -> None:
+    await world.deploy("one")
+    await world.wait("one", "READY")
+    (old,) = world.docker.containers
+    reply = await world.http.get(f"{MODELS}/deployment-configs/one")
+    wish = {key: reply.json()[key] for key in ("engine", "model_spec", "executor_config")}
+    wish["executor_config"]["additional_args"] = ["--new"]
+    await world.post(f"{MODELS}/deployment-configs/one", wish)
+
+    async def replaced() -> bool:
+        return list(world.docker.containers) != [old] and len(world.docker.containers) == 1
+
+    await eventually(replaced, 10)
+    await world.wait("one", "READY")
+
+
+async def test_a_deployment_pinned_to_a_version_does_not_follow_its_config(world: World) -> None:
+    await world.deploy("one")
+    await world.delete("one")
+    await world.gone("one")
+    await world.post(f"{MODELS}/deployments", {"name": "one", "config": "one", "config_version": 1})
+    await world.wait("one", "READY")
+    before = list(world.docker.containers)
+    reply = await world.http.get(f"{MODELS}/deployment-configs/one")
+    wish = {key: reply.json()[key] for key in ("engine", "model_spec", "executor_config")}
+    wish["executor_config"]["additional_args"] = ["--new"]
+    await world.post(f"{MODELS}/deployment-configs/one", wish)
+    await world.deploy("other", gpu=0)
+    await world.wait("other", "READY")  # a whole round later
+    assert before[0] in world.docker.containers
+
+
+async def test_the_loop_survives_its_own_mistakes_and_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def mistake(*_: object) -> None:
+        raise ZeroDivisionError("a mistake")
+
+    monkeypatch.setattr("nimhost.deployments.reconciler.AFTER_ERROR_S", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr("nimhost.deployments.reconciler.plan", mistake)
+        await world.deploy("one")
+
+        async def told() -> bool:
+            status = (await world.http.get("/status")).json()
+            return "a mistake" in (status["problem"] or "") and not status["controllers"]["healthy"]
+
+        await eventually(told, 5)
+    await world.wait("one", "READY")
+    assert (await world.http.get("/status")).json()["controllers"]["healthy"]
