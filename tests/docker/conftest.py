@@ -44,12 +44,13 @@ def docker_engine() -> Iterator[docker.DockerClient]:
 def gpu_requests(docker_engine: docker.DockerClient, fake_engine_image: str) -> None:
     """Skips where the engine takes no GPU device requests. Only a real start tells: `docker info` does not."""
     request = DeviceRequest(device_ids=["GPU-none"], capabilities=[["gpu"]])
+    probe = docker_engine.containers.create(fake_engine_image, ["-V"], entrypoint="python3", device_requests=[request])
     try:
-        docker_engine.containers.run(
-            fake_engine_image, ["-V"], entrypoint="python3", device_requests=[request], remove=True
-        )
+        probe.start()
     except APIError as exc:
         pytest.skip(f"this engine takes no GPU device requests (one started by scripts/engine does): {exc.explanation}")
+    finally:
+        probe.remove(force=True)
 
 
 @pytest.fixture(scope="session")

@@ -53,9 +53,10 @@ def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
 def _remove_containers(daemon: DaemonProcess) -> None:
     if not (daemon.directory / "data" / "nimhost.db").exists():
         return
+    socket = daemon.env.get("DOCKER_HOST", "").removeprefix("unix://")
+    if socket and not Path(socket).exists():
+        return  # there never was an engine to make any; and docker-py leaks a socket when it cannot connect
     with contextlib.closing(_client(daemon)) as client:
-        if not _answers(client):
-            return  # there never was an engine to make any
         wait_until(lambda: _removed(client, f"{PREFIX}owner={daemon.owner()}"), 20)
 
 
@@ -71,13 +72,6 @@ def _removed(client: docker.DockerClient, label: str) -> bool:
 def _client(daemon: DaemonProcess) -> docker.DockerClient:
     host = daemon.env.get("DOCKER_HOST")
     return docker.DockerClient(host, version="1.41") if host else docker.from_env(version="1.41")
-
-
-def _answers(client: docker.DockerClient) -> bool:
-    try:
-        return bool(client.ping())
-    except (docker.errors.DockerException, OSError):
-        return False
 
 
 @pytest.fixture

@@ -242,7 +242,7 @@ def test_an_orphan_of_ours_is_removed(
     daemon.wait("one", "READY")
     labels = containers_of(docker_engine, daemon)["one"]["Config"]["Labels"]
     stray = {**labels, f"{PREFIX}deployment": "default/stray"}
-    orphan: Container = docker_engine.containers.run(fake_engine_image, detach=True, labels=stray)
+    orphan: Container = docker_engine.containers.create(fake_engine_image, labels=stray)
     wait_until(lambda: set(containers_of(docker_engine, daemon)) == {"one"}, 20)
     with pytest.raises(docker.errors.NotFound):
         orphan.reload()

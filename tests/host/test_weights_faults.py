@@ -25,6 +25,7 @@ from nimhost.host.weights_choice import HubFile
 from nimhost.host.weights_transfer import Meter, reserved_space
 from nimhost.host.weights_wire import Job
 from tests.fakes.hub import FakeHub
+from tests.host.test_weights import children
 from tests.support import eventually, wait_until
 
 MIB = 1 << 20
@@ -512,7 +513,7 @@ async def test_killed_download_process_is_not_the_end(hub: FakeHub, cache: Path)
     weights = Weights(cache, hub.url, False, QUICK)
     fetch = asyncio.create_task(weights.fetch(BIG, None, News()))
     await eventually(lambda: hub.sent_bytes() > MIB)
-    (child,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    (child,) = children()
     os.kill(int(child), signal.SIGKILL)
     with pytest.raises(HubUnavailable, match="killed by signal 9") as killed:
         await fetch
@@ -540,7 +541,7 @@ async def test_token_is_nowhere_but_in_the_request(hub: FakeHub, cache: Path) ->
     news = News()
     fetch = asyncio.create_task(Weights(cache, hub.url, False, QUICK).fetch(BIG, canary, news))
     await eventually(lambda: hub.sent_bytes() > MIB)
-    (child,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    (child,) = children()
     for name in ("cmdline", "environ"):
         assert canary.encode() not in Path(f"/proc/{child}/{name}").read_bytes()
     await fetch
