@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 import nimhost.store.schema as schema
-from nimhost.entities import KINDS, Deployment, DeploymentStatus, Model, Provider, ProviderStatus, Secret
+from nimhost.entities import Adapter, Deployment, DeploymentStatus, Model, Provider, ProviderStatus, Secret
 from nimhost.errors import AlreadyExists, Conflict, DiskFull, NotFound, NotReady, StartError
 from nimhost.filters import parse_filter
+from nimhost.kinds import KINDS
 from nimhost.store import Store
 
 
@@ -352,6 +353,30 @@ async def test_history_ends_with_the_status_and_does_not_repeat_or_grow_without_
     assert len(status.status_history) == 100
 
 
+async def test_of_an_adapter_the_loser_is_told_its_model(store: Store) -> None:
+    wish = Adapter(model="default/base", fileset="default/lora", finetuning_type="lora")
+
+    async def add() -> None:
+        async with store.transaction() as tx:
+            await tx.insert("adapters", "default", "ad", wish)
+
+    results = await asyncio.gather(*(add() for _ in range(10)), return_exceptions=True)
+    losers = [str(r) for r in results if isinstance(r, AlreadyExists)]
+    assert losers == ["Model adapter already exists: default/base/ad"] * 9
+    assert len(await store.adapters_of(["default/base", "default/other"])) == 1
+
+
+async def test_a_transaction_that_is_not_kept_is_undone_and_tells_nobody(store: Store) -> None:
+    store.changed.clear()
+    revision = store.revision
+    async with store.transaction(keep=False) as tx:
+        await tx.insert("models", "default", "mm", Model())
+        tx.after = pytest.fail
+        assert await tx.find("models", "default", "mm")
+    assert await store.find("models", "default", "mm") is None
+    assert (store.changed.is_set(), store.revision) == (False, revision)
+
+
 # --- pages ---------------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +479,115 @@ async def test_killed_between_any_two_statements_leaves_a_whole_deployment_or_no
     await store.close()
     assert rows == ([1, 1, 1] if point == 100 else [1, 0, 0])
     assert list(versions) == [(2 if point == 100 else 1,)]
+
+
+WRITERS = """
+    import asyncio, os, shutil, signal, sys
+    from pathlib import Path
+    from tests.api.conftest import FILESETS, MODELS, WORKSPACES, open_world
+
+    directory, what = Path(sys.argv[1]), sys.argv[2]
+    statements = 0
+    STEPS = {
+        "adapter": ("POST", f"{MODELS}/models/base/adapters",
+                    {"name": "new", "fileset": "lora", "finetuning_type": "lora"}),
+        "alias": ("PATCH", "/apis/inference-gateway/v2/workspaces/default/virtual-models/fast",
+                  {"default_model_entity": "other"}),
+        "version": ("POST", f"{MODELS}/deployments/dd", {"config": "cfg", "config_version": 1}),
+        "model": ("DELETE", f"{MODELS}/models/base", None),
+        "provider": ("DELETE", f"{MODELS}/providers/pp", None),
+        "workspace": ("DELETE", f"{WORKSPACES}/ws1", None),
+    }
+
+    async def prepare(world):
+        await world.make(WORKSPACES, name="ws1")
+        for ws in ("default", "ws1"):
+            models = MODELS.replace("default", ws)
+            await world.make(FILESETS.replace("default", ws), name="lora")
+            await world("PUT", f"{FILESETS.replace('default', ws)}/lora/-/f", content=b"x")
+            await world.make(f"{models}/models", name="base", model_providers=[f"{ws}/pp"])
+            for name in ("a1", "a2"):
+                body = {"name": name, "model": f"{ws}/base", "fileset": "lora", "finetuning_type": "lora"}
+                await world.make(f"{models}/adapters", **body)
+            config = {"engine": "nim", "model_spec": {}, "executor_config": {"gpu": 0}}
+            await world.make(f"{models}/deployment-configs", name="cfg", **config)
+            await world.make(f"{models}/deployments", name="dd", config="cfg")
+            await world.make(f"{models}/providers", name="pp", host_url="http://x")
+        await world.make("/apis/inference-gateway/v2/workspaces/default/virtual-models", name="fast")
+
+    async def main(where, point):
+        async with open_world(where) as world:
+            if not point:
+                return await prepare(world)
+            db = world.store._db
+            execute, commit = db.execute, db.commit
+
+            def count():
+                global statements
+                statements += 1
+                if statements == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            async def counting(sql, *params):
+                if not sql.startswith(("SELECT", "BEGIN")):
+                    count()
+                return await execute(sql, *params)
+
+            async def committing():
+                count()
+                await commit()
+                count()
+
+            db.execute, db.commit = counting, committing
+            method, path, body = STEPS[what]
+            reply = await world(method, path, body)
+            assert reply.is_success, reply.text
+
+    def run(where, point):
+        "In a process of its own, which costs no imports."
+        pid = os.fork()
+        if not pid:
+            asyncio.run(main(where, point))
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status in (0, -signal.SIGKILL), status
+        return status
+
+    start, point = directory / "0", 0
+    run(start, 0)
+    while True:
+        point += 1
+        copy = directory / str(point)
+        shutil.copytree(start, copy)
+        if not run(copy, point):
+            break
+"""
+
+
+def everything(path: Path) -> dict[str, tuple[str, ...]]:
+    """Every row, without what differs from run to run: ids and times."""
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        rows = db.execute("SELECT kind, workspace, name, version, wish, json_extract(status, '$.status') FROM entities")
+        versions = db.execute(
+            "SELECT e.kind, e.workspace, e.name, v.version, v.wish FROM versions v"
+            " LEFT JOIN entities e ON e.id = v.entity_id"
+        )
+        found = {"rows": tuple(sorted(map(str, rows))), "versions": tuple(sorted(map(str, versions)))}
+    db.close()
+    return found
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize("what", ["adapter", "alias", "version", "model", "provider", "workspace"])
+def test_killed_between_any_two_statements_of_a_write_nothing_or_all_of_it_is_there(tmp_path: Path, what: str) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(WRITERS), str(tmp_path), what]
+    subprocess.run(command, check=True, timeout=120)
+    points = sorted(int(path.name) for path in tmp_path.iterdir())
+    before, *seen = [everything(tmp_path / str(point) / "nimhost.db") for point in points]
+    after = seen[-1]
+    assert before != after
+    assert len(seen) > 3
+    assert seen == [before] * (len(seen) - 2) + [after] * 2  # only the last kill comes after the commit
 
 
 @pytest.mark.fault(20)

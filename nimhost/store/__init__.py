@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -17,11 +17,14 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from nimhost.entities import KINDS, Entity, Workspace
+from nimhost.entities import Entity, Workspace
 from nimhost.errors import Conflict, NotFound
-from nimhost.filters import EVERYTHING, Filter, order_by, to_sql
-from nimhost.refs import DEFAULT_WORKSPACE, SYSTEM_WORKSPACE
-from nimhost.store.rows import COLUMNS, Transaction, find_row, found, now, read_rows, to_entity
+from nimhost.filters import EVERYTHING, Filter
+from nimhost.filters.sql import order_by, to_sql
+from nimhost.kinds import KINDS
+from nimhost.refs import DEFAULT_WORKSPACE, SYSTEM_WORKSPACE, Ref
+from nimhost.store.memory import Rows
+from nimhost.store.rows import COLUMNS, Transaction, find_row, found, now, read_adapters, read_rows, to_entity
 from nimhost.store.schema import connect, open_database, starting, translated
 
 __all__ = ["Store", "Transaction", "now"]
@@ -36,9 +39,12 @@ class Store:
         """UUID of this installation: the label of everything it creates."""
         self.changed = asyncio.Event()
         """Set after every committed change of a wish. The reconciler clears it."""
+        self.listeners: list[Callable[[set[tuple[str, str, str]]], None]] = []
+        """Called after every such commit, with kind, workspace and name of all that was written."""
         self.revision = 0
         """Counts commits, of wishes and statuses, since the start of this process."""
         self._moved = asyncio.Event()
+        self._rows = Rows()
         self._db = db
         self._reader = reader
         self._writing = asyncio.Lock()
@@ -75,8 +81,19 @@ class Store:
 
     async def all(self, kind: str) -> list[Entity]:
         """Of every workspace, the oldest first."""
+        return list((await self.by_ref(kind)).values())
+
+    async def by_ref(self, kind: str) -> dict[Ref, Entity]:
+        """All of a kind, the oldest first. They are read once: after that this costs no more than a copy of a dict."""
+        kept = self._rows.of(kind)
+        if kept is not None:
+            return dict(kept)
+        seen = self.revision
         with translated():
-            return await read_rows(self._reader, kind)
+            rows = await read_rows(self._reader, kind)
+        if self.revision == seen:  # nobody wrote meanwhile: from now on these are followed
+            self._rows.keep(kind, rows)
+        return dict(rows)
 
     async def page(
         self,
@@ -87,20 +104,30 @@ class Store:
         sort: str | None = None,
         page: int = 1,
         page_size: int = 100,
+        all_versions: bool = False,
     ) -> tuple[list[Entity], int]:
-        """One page (numbered from 1) and the number of all that match; `workspace` None: of every workspace."""
+        """One page (numbered from 1) and the number of all that match; `workspace` None: of every workspace.
+
+        `all_versions`: every version is an entity of its own, with the current status.
+        """
+        source = f"{'all_versions' if all_versions else KINDS[kind].source} AS entities"
         condition, params = to_sql(filter, KINDS[kind])
         where = f"kind = ? AND {'1' if workspace is None else 'workspace = ?'} AND {condition}"
         params = [kind, *([] if workspace is None else [workspace]), *params]
         order, sort_params = order_by(sort or "created_at", KINDS[kind])
         limits = (page_size, (page - 1) * page_size)
-        count = f"SELECT count(*) FROM entities WHERE {where}"
-        select = f"SELECT {COLUMNS}, ({count}) FROM entities WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?"
+        count = f"SELECT count(*) FROM {source} WHERE {where}"
+        select = f"SELECT {COLUMNS}, ({count}) FROM {source} WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?"
         with translated():
             rows = list(await self._reader.execute_fetchall(select, [*params, *params, *sort_params, *limits]))
             if not rows:
                 return [], next(iter(await self._reader.execute_fetchall(count, params)))[0]
         return [to_entity(row[:-1]) for row in rows], rows[0][-1]
+
+    async def adapters_of(self, models: Sequence[str]) -> list[Entity]:
+        """The adapters, of whatever workspace, of these models (`workspace/name`), the oldest first."""
+        with translated():
+            return await read_adapters(self._reader, models)
 
     async def version(self, kind: str, workspace: str, name: str, version: int) -> Entity:
         """The entity as it was wished in that version. Raises NotFound for the entity or the version."""
@@ -137,10 +164,10 @@ class Store:
         return {(row[0], row[1]): row[2] for row in rows}
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
-        """Everything written in it is committed at its end, or nothing when it raises."""
+    async def transaction(self, keep: bool = True) -> AsyncIterator[Transaction]:
+        """Everything written in it is committed at its end, or nothing when it raises, or is not to be kept."""
         async with self._writing:
-            tx = Transaction(self._db)
+            tx = Transaction(self._db, self._rows)
             try:
                 with translated():
                     await self._db.execute("BEGIN IMMEDIATE")
@@ -148,7 +175,7 @@ class Store:
             except BaseException:
                 await _finish(self._db.rollback())
                 raise
-            await _finish(self._commit(tx))
+            await _finish(self._commit(tx) if keep else self._db.rollback())
 
     async def _commit(self, tx: Transaction) -> None:
         with translated():
@@ -158,12 +185,17 @@ class Store:
                 with suppress(sqlite3.Error):  # SQLite may have rolled back by itself; the first error counts
                     await self._db.rollback()
                 raise
+        self._rows.follow(tx.writes)
         if tx.wished:
             self.changed.set()
+            for tell in self.listeners:
+                tell(tx.wished)
         if tx.wrote:
             self.revision += 1
             moved, self._moved = self._moved, asyncio.Event()
             moved.set()
+        if tx.after is not None:
+            tx.after()
 
     async def set_status(self, entity: Entity, status: Struct) -> bool:
         """Writes a status that was found out for the wish in `entity`; False, and no write, when the wish moved on."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,12 +13,16 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from nimhost.entities import KINDS, Entity, Kind, Wish
+from nimhost.entities import Entity, Wish
 from nimhost.errors import Conflict
+from nimhost.kinds import KINDS, Kind
+from nimhost.refs import Ref
+from nimhost.store.memory import WHOLE, Rows, Write, after
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 COLUMNS = "kind, workspace, name, id, generation, version, wish, status, created_at, updated_at"
 Row = Sequence[Any]
+ROWS_AT_ONCE = 100
 
 
 def now() -> str:
@@ -56,14 +61,33 @@ def to_entity(row: Row) -> Entity:
 
 async def find_row(db: aiosqlite.Connection, kind: str, workspace: str, name: str) -> Entity | None:
     rows = await db.execute_fetchall(
-        f"SELECT {COLUMNS} FROM entities WHERE kind = ? AND workspace = ? AND name = ?", (kind, workspace, name)
+        f"SELECT {COLUMNS} FROM {KINDS[kind].source} WHERE kind = ? AND workspace = ? AND name = ?",
+        (kind, workspace, name),
     )
     return next(map(to_entity, rows), None)
 
 
-async def read_rows(db: aiosqlite.Connection, kind: str) -> list[Entity]:
+async def read_rows(db: aiosqlite.Connection, kind: str) -> dict[Ref, Entity]:
+    """All of a kind, the oldest first. Others run meanwhile, however many there are."""
     rows = await db.execute_fetchall(
         f"SELECT {COLUMNS} FROM entities WHERE kind = ? ORDER BY created_at, rowid", (kind,)
+    )
+    found = {}
+    for number, row in enumerate(rows, start=1):
+        entity = to_entity(row)
+        found[Ref(entity.workspace, entity.name)] = entity
+        if number % ROWS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+    return found
+
+
+async def read_adapters(db: aiosqlite.Connection, models: Sequence[str]) -> list[Entity]:
+    """The adapters, of whatever workspace, of these models (`workspace/name`), the oldest first."""
+    marks = ",".join("?" * len(models))
+    rows = await db.execute_fetchall(
+        f"SELECT {COLUMNS} FROM entities WHERE kind = 'adapters' AND json_extract(wish, '$.model') IN ({marks})"
+        " ORDER BY created_at, rowid",
+        models,
     )
     return [to_entity(row) for row in rows]
 
@@ -71,11 +95,16 @@ async def read_rows(db: aiosqlite.Connection, kind: str) -> list[Entity]:
 class Transaction:
     """All of its writes become true together, or none does."""
 
-    def __init__(self, db: aiosqlite.Connection) -> None:
+    def __init__(self, db: aiosqlite.Connection, rows: Rows | None = None) -> None:
         self._db = db
-        self.wished = False
-        """A wish was written."""
+        self._rows = rows or Rows()
+        self.writes: list[Write] = []
+        """In their order."""
+        self.wished: set[tuple[str, str, str]] = set()
+        """Kind, workspace and name of every wish that was written."""
         self.wrote = False
+        self.after: Callable[[], None] | None = None
+        """Called when it is committed, before anybody else can write."""
 
     async def find(self, kind: str, workspace: str, name: str) -> Entity | None:
         return await find_row(self._db, kind, workspace, name)
@@ -84,30 +113,38 @@ class Transaction:
         return found(await self.find(kind, workspace, name), KINDS[kind], workspace, name)
 
     async def all(self, kind: str) -> list[Entity]:
-        return await read_rows(self._db, kind)
+        kept = self._rows.of(kind)
+        rows = await read_rows(self._db, kind) if kept is None else after(kept, kind, self.writes)
+        return list(rows.values())
+
+    async def adapters_of(self, models: Sequence[str]) -> list[Entity]:
+        return await read_adapters(self._db, models)
 
     async def insert(self, kind: str, workspace: str, name: str, wish: Wish, status: Struct | None = None) -> Entity:
         """Raises AlreadyExists; NotFound for a missing workspace is for the caller to ask about."""
         row = KINDS[kind]
         if await self.find(kind, workspace, name):
-            raise row.already_exists(workspace, name)
-        time = now()
+            raise row.already_exists(workspace, name, getattr(wish, "model", ""))
+        return await self._put(kind, workspace, name, wish, row.status() if status is None else status)
+
+    async def _put(self, kind: str, workspace: str, name: str, wish: Wish, status: Struct) -> Entity:
+        id_, time = new_id(KINDS[kind].id_prefix), now()
         entity = Entity(
             kind=kind,
             workspace=workspace,
             name=name,
-            id=new_id(row.id_prefix),
+            id=id_,
             wish=wish,
-            status=status if status is not None else row.status(),
+            status=status,
             created_at=time,
             updated_at=time,
         )
         await self._db.execute(
             f"INSERT INTO entities ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)",
-            (kind, workspace, name, entity.id, 1, 1, _json(wish), _json(entity.status), time, time),
+            (kind, workspace, name, id_, 1, 1, _json(wish), _json(status), time, time),
         )
         await self._keep_version(entity)
-        self.wished = self.wrote = True
+        self._wished(entity, WHOLE)
         return entity
 
     async def update_wish(self, entity: Entity, wish: Wish, new_version: bool = False) -> Entity:
@@ -115,6 +152,8 @@ class Transaction:
 
         Raises Conflict when the stored wish is not the one that `entity` shows.
         """
+        if not entity.generation:  # derived until now: from here on it is stored
+            return await self._put(entity.kind, entity.workspace, entity.name, wish, entity.status)
         changed = replace(
             entity,
             wish=wish,
@@ -129,8 +168,14 @@ class Transaction:
         if not done.rowcount:
             raise _overtaken(entity)
         await self._keep_version(changed)
-        self.wished = self.wrote = True
+        self._wished(changed, ("wish", "generation", "version", "updated_at"))
         return changed
+
+    async def rewrite_wish(self, entity: Entity, wish: Wish) -> None:
+        """Stores the same wish in another form: it is no change, and nobody is woken."""
+        await self._db.execute("UPDATE entities SET wish=? WHERE id=?", (_json(wish), entity.id))
+        self.writes.append(Write(replace(entity, wish=wish), ("wish",)))
+        self.wrote = True
 
     async def set_status(self, entity: Entity, status: Struct) -> Entity:
         """Raises Conflict when the wish is not the one that `entity` shows any more."""
@@ -141,13 +186,14 @@ class Transaction:
         )
         if not done.rowcount:
             raise _overtaken(entity)
+        self.writes.append(Write(changed, ("status", "updated_at")))
         self.wrote = True
         return changed
 
     async def delete(self, entity: Entity) -> None:
         """Whatever is stored under the entity's id, with its versions. Nothing there is no error."""
         await self._db.execute("DELETE FROM entities WHERE id=?", (entity.id,))
-        self.wished = self.wrote = True
+        self._wished(entity, ())
 
     async def has_version(self, entity: Entity, version: int) -> bool:
         if not 0 < version < 2**63:
@@ -167,6 +213,11 @@ class Transaction:
 
     async def set_meta(self, key: str, value: str) -> None:
         await self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def _wished(self, entity: Entity, fields: tuple[str, ...]) -> None:
+        self.writes.append(Write(entity, fields))
+        self.wished.add((entity.kind, entity.workspace, entity.name))
+        self.wrote = True
 
     async def _keep_version(self, entity: Entity) -> None:
         if KINDS[entity.kind].versioned:

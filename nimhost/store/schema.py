@@ -40,7 +40,40 @@ async def _create_tables(db: aiosqlite.Connection) -> None:
     await db.execute("INSERT INTO meta VALUES ('owner', ?)", [str(uuid.uuid4())])
 
 
-MIGRATIONS: list[Callable[[aiosqlite.Connection], Awaitable[None]]] = [_create_tables]
+_ROW = "kind, workspace, name, id, generation, version, wish, status, created_at, updated_at"
+
+
+async def _create_views(db: aiosqlite.Connection) -> None:
+    await db.execute(
+        "CREATE INDEX entities_by_model ON entities (json_extract(wish, '$.model')) WHERE kind = 'adapters'"
+    )
+    await db.execute(
+        """CREATE VIEW all_versions AS SELECT e.rowid AS rowid, e.kind, e.workspace, e.name, e.id, e.generation,
+            v.version, v.wish, e.status, e.created_at, v.created_at AS updated_at
+            FROM entities e JOIN versions v ON v.entity_id = e.id"""
+    )
+    # Every model that something serves is a virtual model of its own accord (generation 0), until one is stored.
+    await db.execute(
+        f"""CREATE VIEW virtual_models AS SELECT rowid AS rowid, {_ROW} FROM entities WHERE kind = 'virtual-models'
+            UNION ALL SELECT m.rowid, 'virtual-models', m.workspace, m.name, 'virtual-' || m.id, 0, 1,
+            json_object('default_model_entity', m.workspace || '/' || m.name, 'autoprovisioned', json('true')), '{{}}',
+            m.created_at, m.updated_at FROM entities m WHERE m.kind = 'models'
+            AND m.workspace || '/' || m.name IN (SELECT json_extract(s.value, '$.model_entity_id')
+                FROM entities p, json_each(p.status, '$.served_models') s WHERE p.kind = 'providers')
+            AND NOT EXISTS (SELECT 1 FROM entities v WHERE v.kind = 'virtual-models'
+                AND v.workspace = m.workspace AND v.name = m.name)"""
+    )
+
+
+async def _create_index_of_changes(db: aiosqlite.Connection) -> None:
+    await db.execute("CREATE INDEX entities_by_change ON entities (kind, workspace, updated_at)")
+
+
+MIGRATIONS: list[Callable[[aiosqlite.Connection], Awaitable[None]]] = [
+    _create_tables,
+    _create_views,
+    _create_index_of_changes,
+]
 """Each is applied once, in order, in a transaction of its own; `user_version` counts how many were."""
 
 
