@@ -13,8 +13,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from nimhost.entities import Json, MambaConfig, ModelSpec, MoEConfig, SlidingWindowConfig
+from nimhost.entities import Json, LinearLayerSpec, MambaConfig, ModelSpec, MoEConfig, SlidingWindowConfig
 from nimhost.errors import BadRequest
+from nimhost.models.footprint import read_memory
 
 # --- safetensors ---------------------------------------------------------------------------------------------------
 
@@ -86,6 +87,10 @@ PLAIN_MLP = {
 """Families whose MLP has no gate although their activation may be one that others use with a gate."""
 TIED = ("gemma", "gpt2", "bert", "roberta", "xlm-roberta", "distilbert", "opt", "bloom", "starcoder2", "command-r")
 """Families (by prefix) that share input and output embeddings unless config.json says otherwise."""
+ENCODERS = ("bert", "mpnet", "electra")
+"""Parts of the names of families that read both ways."""
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Families whose linear layers are stored transposed (transformers' `Conv1D`)."""
 DEFAULTS: dict[str, Json] = {
     "gemma3_text": {
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
@@ -113,6 +118,7 @@ def read_spec(
     shape = _Shape(config)
     tied = shape.tied(tensors)
     exact = count_parameters(tensors, shape.quantised_bits(), tied=tied) if tensors else None
+    parameters = exact or shape.parameters(tied)
     return ModelSpec(
         checkpoint_model_name=next(iter(config.get("architectures") or shape.text.get("architectures") or []), ""),
         family=str(config.get("model_type") or shape.family).lower(),
@@ -124,15 +130,23 @@ def read_spec(
         vocab_size=shape.vocab,
         tied_embeddings=tied,
         gated_mlp=shape.gated,
-        base_num_parameters=exact or shape.parameters(tied),
+        base_num_parameters=parameters,
         precision=shape.precision(),
-        context_size=shape.first(*CONTEXT),
+        context_size=shape.first(*CONTEXT) or _length(tokenizer_config),
         is_chat=bool(chat_template or (tokenizer_config or {}).get("chat_template")),
-        is_embedding_model="embed" in name.lower(),
+        is_embedding_model="embed" in name.lower() or shape.embeds,
         moe_config=shape.moe,
         mamba_config=shape.mamba(),
         sliding_window_config=shape.sliding_window(),
+        linear_layers=linear_layers(tensors, transposed=shape.family in CONV1D) if tensors else None,
+        memory=read_memory(shape, tensors, parameters, tied),
     )
+
+
+def _length(tokenizer_config: Json | None) -> int | None:
+    """The tokenizer's longest input, unless it is the "unlimited" of `transformers` (1e30)."""
+    length = (tokenizer_config or {}).get("model_max_length")
+    return length if isinstance(length, int) and length < 1 << 30 else None
 
 
 class _Shape:
@@ -183,6 +197,13 @@ class _Shape:
             return 4
         return 8 if bits is None and ("fp8" in method or quantisation.get("load_in_8bit")) else bits
 
+    @property
+    def embeds(self) -> bool:
+        """A bare encoder, or an architecture that says so. Decoders that embed are only told by their names."""
+        architecture = next(iter(self.config.get("architectures") or []), "")
+        bare = architecture.endswith("Model") and any(word in self.family for word in ENCODERS)
+        return bare or architecture.endswith(("EmbeddingModel", "ForTextEncoding"))
+
     def sliding_window(self) -> SlidingWindowConfig | None:
         window = self.first("sliding_window")
         off = self.first("use_sliding_window") is False
@@ -191,7 +212,7 @@ class _Shape:
         return SlidingWindowConfig(window_size=window)
 
     def mamba(self) -> MambaConfig | None:
-        kinds = self._layer_kinds()
+        kinds = self.layer_kinds()
         mambas = sum("mamba" in kind for kind in kinds)
         if not mambas:
             return None
@@ -205,7 +226,7 @@ class _Shape:
             conv_kernel=self.first("conv_kernel", "mamba_d_conv") or 4,
         )
 
-    def _layer_kinds(self) -> list[str]:
+    def layer_kinds(self) -> list[str]:
         letters = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
         if pattern := self.first("hybrid_override_pattern"):
             return [letters.get(letter, letter) for letter in pattern]
@@ -267,7 +288,7 @@ class _Shape:
         return int(queries + d * (rank + rope) + rank * heads * (nope + value) + heads * value * d)
 
 
-# --- counting ------------------------------------------------------------------------------------------------------
+# --- tensors ------------------------------------------------------------------------------------------------------
 
 NOT_WEIGHTS = (
     "scales", "_scale", "_scale_inv", "_scale_2", "qzeros", "zero_point", "g_idx", "weight_shape", "inv_freq",
@@ -287,3 +308,29 @@ def count_parameters(tensors: Mapping[str, Tensor], bits: int | None, *, tied: b
         packed = PACKED.get(tensor.dtype, 0) // bits if bits else 1
         total += prod(tensor.shape) * max(1, packed)
     return total
+
+
+PLAIN = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
+"""Types that are not packed: the tensor has the shape of the layer."""
+NOT_LINEAR = ("embed", "wte", "wpe", "norm", "conv1d", "relative_attention_bias")
+
+
+def linear_layers(tensors: Mapping[str, Tensor], *, transposed: bool = False) -> list[LinearLayerSpec]:
+    """The linear layers with their dimensions, in the order of their names.
+
+    Not among them: experts (adapters are not made for them, and there are tens of thousands), and layers whose weights
+    are packed, which do not show their shape.
+    """
+    layers = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
+        module = name.removesuffix(".weight")
+        plain = tensor.dtype in PLAIN and len(tensor.shape) == 2 and module != name
+        if plain and ".experts." not in name and not any(word in name.lower() for word in NOT_LINEAR):
+            out_features, in_features = tensor.shape[::-1] if transposed and "lm_head" not in name else tensor.shape
+            layers.append(LinearLayerSpec(name=module, in_features=in_features, out_features=out_features))
+    return layers
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

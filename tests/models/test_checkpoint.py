@@ -224,7 +224,9 @@ def test_chat_and_embedding_models_are_told_apart() -> None:
     assert read_spec(LLAMA_8B, tokenizer_config={"chat_template": "{{ x }}"}).is_chat is True
     assert read_spec(LLAMA_8B, chat_template="{{ x }}").is_chat is True
     assert read_spec(BERT, name="nvidia/NV-Embed-v2").is_embedding_model is True
-    assert read_spec(BERT, name="bert").is_embedding_model is False
+    assert read_spec(BERT, name="bge").is_embedding_model is True
+    assert read_spec({**BERT, "architectures": ["BertForMaskedLM"]}, name="bert").is_embedding_model is False
+    assert read_spec(GPT2, name="gpt2").is_embedding_model is False
 
 
 def test_newer_configs_call_the_type_dtype() -> None:
