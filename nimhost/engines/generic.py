@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nimhost.engines.order import HostFacts, Order, image_of
+from nimhost.engines.order import HostFacts, Order, image_of, mounts_of
 from nimhost.engines.spec import ContainerSpec, Probe
 from nimhost.engines.vllm import run_as
 
@@ -12,7 +12,7 @@ def generic(order: Order, host: HostFacts) -> ContainerSpec:
         image=image_of(order, ""),
         args=tuple(order.executor.additional_args),
         env=dict(order.executor.additional_envs or {}),
-        mounts=(host.weights,) if host.weights else (),
+        mounts=mounts_of(order, host),
         probe=Probe(health_path=order.executor.health_check_path or "/v1/health/ready"),
         gpus=order.gpus,
         shm_bytes=host.shm_bytes if order.gpus else None,

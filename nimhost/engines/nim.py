@@ -1,21 +1,27 @@
 """NVIDIA NIM: containers from NGC that bring their model, and the Multi-LLM NIM that serves weights of ours.
 
-Variables: https://docs.nvidia.com/nim/large-language-models/latest/configuration.html.
+Variables: https://docs.nvidia.com/nim/large-language-models/1.13.0/configuration.html and .../function-calling.html;
+adapters: .../peft.html. What has no field in a config (`NIM_MAX_MODEL_LEN`, `NIM_MODEL_PROFILE`, …) goes through
+`additional_envs`. Classification and VLM NIMs need nothing of their own: what a NIM serves is asked of it when it runs.
 """
 
 from __future__ import annotations
 
-from nimhost.engines.order import HostFacts, Order, cache_name, image_of, repository_name
-from nimhost.engines.spec import ContainerSpec, Mount, Probe
+from nimhost.engines.order import HostFacts, Order, cache_name, image_of, mounts_of, repository_name
+from nimhost.engines.parallel import nim_split
+from nimhost.engines.spec import ADAPTERS_DIR, FILES_DIR, ContainerSpec, Mount, Probe
 from nimhost.engines.vllm import run_as
 
 MULTI_LLM = "llm-nim"
 CACHE_DIR = "/opt/nim/.cache"
 NGC_KEY = "system/ngc-api-key"
+PEFT_REFRESH_S = 30
+MAX_LORA_RANK = 32
+"""What a NIM takes unless it is told otherwise."""
 
 
 def nim(order: Order, host: HostFacts) -> ContainerSpec:
-    """The container of a NIM deployment. `additional_envs` come last and win."""
+    """The container of a NIM deployment. `additional_envs` come last and win. Raises BadRequest."""
     image = image_of(order, host.nim_image)
     env = {"NIM_GUIDED_DECODING_BACKEND": "outlines"}
     served = served_name(order)
@@ -23,7 +29,9 @@ def nim(order: Order, host: HostFacts) -> ContainerSpec:
         env["NIM_SERVED_MODEL_NAME"] = served
     if host.weights:
         env |= _custom_weights(image, host.weights_path)
-    env |= _chat(order)
+    env |= _parallelism(order, image) | _adapters(order)
+    chat, files = _chat(order, host)
+    env |= chat
     if order.model and order.model.trust_remote_code:
         env["NIM_FORCE_TRUST_REMOTE_CODE"] = "1"
     env |= order.executor.additional_envs or {}
@@ -33,7 +41,8 @@ def nim(order: Order, host: HostFacts) -> ContainerSpec:
         args=tuple(order.executor.additional_args),
         env=env,
         secret_env={"NGC_API_KEY": NGC_KEY},
-        mounts=(host.weights, cache) if host.weights else (cache,),
+        mounts=mounts_of(order, host, cache),
+        files=files,
         probe=Probe(health_path=order.executor.health_check_path or "/v1/health/ready"),
         gpus=order.gpus,
         shm_bytes=host.shm_bytes if order.gpus else None,
@@ -46,30 +55,49 @@ def served_name(order: Order) -> str | None:
     return str(order.model.ref) if order.model else order.label
 
 
+def is_multi_llm(image: str) -> bool:
+    """The NIM for any model. All others choose their parallelism by profile, and are left to it."""
+    return repository_name(image) == MULTI_LLM
+
+
 def serves_our_weights(order: Order, host_image: str) -> bool:
     """Multi-LLM NIM always; a model-specific one when a model with a fileset stands behind it."""
     has_fileset = order.model is not None and order.model.fileset is not None
-    return has_fileset or repository_name(image_of(order, host_image)) == MULTI_LLM
+    return has_fileset or is_multi_llm(image_of(order, host_image))
 
 
 def _custom_weights(image: str, path: str) -> dict[str, str]:
     env = {"NIM_MODEL_NAME": path, "NIM_MODEL_PATH": path}
-    if repository_name(image) != MULTI_LLM:
+    if not is_multi_llm(image):
         env |= {"NIM_FT_MODEL": path, "NIM_CUSTOM_MODEL": path}
     return env
 
 
-def _chat(order: Order) -> dict[str, str]:
-    """Chat template and tool calling: the model's spec, overridden field by field by the deployment config."""
-    spec = order.model.spec if order.model else None
-    wish = order.model_spec
-    env = {}
-    if template := wish.chat_template or (spec and spec.chat_template):
-        env["NIM_CHAT_TEMPLATE"] = template
-    sources = [config for config in (spec and spec.tool_call_config, wish.tool_call_config) if config]
-    for config in sources:
-        if config.tool_call_parser is not None:
-            env["NIM_TOOL_CALL_PARSER"] = config.tool_call_parser
-        if config.auto_tool_choice is not None:
-            env["NIM_ENABLE_AUTO_TOOL_CHOICE"] = "1" if config.auto_tool_choice else "0"
-    return env
+def _parallelism(order: Order, image: str) -> dict[str, str]:
+    if not is_multi_llm(image):
+        return {}
+    return nim_split(order.gpus, order.executor.additional_envs or {}, order.model.spec if order.model else None)
+
+
+def _adapters(order: Order) -> dict[str, str]:
+    """NIM looks into the directory of adapters itself; nobody tells it."""
+    if not order.model_spec.lora_enabled:
+        return {}
+    env = {"NIM_PEFT_SOURCE": ADAPTERS_DIR, "NIM_PEFT_REFRESH_INTERVAL": str(PEFT_REFRESH_S)}
+    rank = max(order.model.lora_ranks if order.model else (), default=0)
+    return env | ({"NIM_MAX_LORA_RANK": str(rank)} if rank > MAX_LORA_RANK else {})
+
+
+def _chat(order: Order, host: HostFacts) -> tuple[dict[str, str], dict[str, str]]:
+    """Environment and files of chat template and tool calling. NIM takes the text of a template, as the spec has it."""
+    chat, env, files = order.chat, {}, {}
+    if chat.chat_template:
+        env["NIM_CHAT_TEMPLATE"] = chat.chat_template
+    if chat.tools.tool_call_parser is not None:
+        env["NIM_TOOL_CALL_PARSER"] = chat.tools.tool_call_parser
+    if chat.tools.auto_tool_choice is not None:
+        env["NIM_ENABLE_AUTO_TOOL_CHOICE"] = "1" if chat.tools.auto_tool_choice else "0"
+    if host.tool_parser is not None:
+        path = f"{FILES_DIR}/{host.tool_parser.name}"
+        env["NIM_TOOL_PARSER_PLUGIN"], files[path] = path, host.tool_parser.content
+    return env, files

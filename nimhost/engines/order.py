@@ -7,10 +7,17 @@ import re
 
 from msgspec import Struct
 
-from nimhost.engines.spec import WEIGHTS_DIR, Mount
-from nimhost.entities import DeployModelSpec, Engine, ExecutorConfig, ModelSpec, Storage
+from nimhost.engines.spec import ADAPTERS_DIR, WEIGHTS_DIR, Mount
+from nimhost.entities import DeployModelSpec, Engine, ExecutorConfig, ModelSpec, Storage, ToolCallConfig
 from nimhost.errors import BadRequest
 from nimhost.refs import Ref
+
+
+class ChatOrder(Struct, frozen=True, kw_only=True):
+    """How a model formats chats and calls tools, as far as somebody said."""
+
+    chat_template: str | None = None
+    tools: ToolCallConfig = ToolCallConfig()
 
 
 class ModelOrder(Struct, frozen=True, kw_only=True):
@@ -21,7 +28,11 @@ class ModelOrder(Struct, frozen=True, kw_only=True):
     storage: Storage | None = None
     """Where the fileset's files are; None while the fileset is missing."""
     spec: ModelSpec | None = None
+    chat: ChatOrder = ChatOrder()
+    """The model's own settings; a deployment config overrides them field by field."""
     trust_remote_code: bool = False
+    lora_ranks: tuple[int, ...] = ()
+    """Ranks of its enabled LoRA adapters."""
 
 
 class Order(Struct, frozen=True, kw_only=True):
@@ -48,9 +59,31 @@ class Order(Struct, frozen=True, kw_only=True):
         return f"{self.model_spec.model_namespace}/{name}" if self.model_spec.model_namespace else name
 
     @property
+    def chat(self) -> ChatOrder:
+        """Chat template and tool calling: the model's, overridden field by field by the deployment config."""
+        base, wish = self.model.chat if self.model else ChatOrder(), self.model_spec
+        own = wish.tool_call_config or ToolCallConfig()
+        auto = own.auto_tool_choice
+        return ChatOrder(
+            chat_template=wish.chat_template or base.chat_template,
+            tools=ToolCallConfig(
+                tool_call_parser=own.tool_call_parser or base.tools.tool_call_parser,
+                tool_call_plugin=own.tool_call_plugin or base.tools.tool_call_plugin,
+                auto_tool_choice=base.tools.auto_tool_choice if auto is None else auto,
+            ),
+        )
+
+    @property
     def revision(self) -> str | None:
         """The revision asked for by `model_revision` or `name@rev`; None for the fileset's own."""
         return self.model_spec.model_revision or (self.model_spec.model_name or "").partition("@")[2] or None
+
+
+class Script(Struct, frozen=True):
+    """A tool parser: the one Python file of its fileset."""
+
+    name: str
+    content: str
 
 
 class HostFacts(Struct, frozen=True, kw_only=True):
@@ -60,11 +93,17 @@ class HostFacts(Struct, frozen=True, kw_only=True):
     vllm_image: str
     nim_cache_dir: str
     """Host directory under which every NIM image has a cache of its own."""
+    loras_dir: str = ""
+    """Host directory under which every model has a directory with its adapters."""
+    files_dir: str = ""
+    """Host directory of the files that are written for containers."""
     shm_bytes: int
     weights: Mount | None = None
     """The weights on this machine, to be mounted at WEIGHTS_DIR; None when the order needs none."""
     weights_path: str = WEIGHTS_DIR
     """Where inside the container the checkpoint's `config.json` is."""
+    tool_parser: Script | None = None
+    """The plugin that the order's tool calling names, once it has been read."""
 
 
 def image_of(order: Order, default: str) -> str:
@@ -78,6 +117,19 @@ def image_of(order: Order, default: str) -> str:
             raise BadRequest("executor_config.image_tag is set, but executor_config.image_name is not.")
         return default
     return executor.image_name if executor.image_tag is None else f"{executor.image_name}:{executor.image_tag}"
+
+
+def adapters_mount(order: Order, host: HostFacts) -> Mount | None:
+    """The directory of the model's adapters, when the config wants adapters; one subdirectory for each."""
+    if not order.model_spec.lora_enabled:
+        return None
+    owner = order.model.ref if order.model else order.ref
+    return Mount(source=f"{host.loras_dir}/{owner.workspace}--{owner.name}", target=ADAPTERS_DIR)
+
+
+def mounts_of(order: Order, host: HostFacts, *more: Mount) -> tuple[Mount, ...]:
+    """Weights and adapters where the order has them, then what an engine adds."""
+    return tuple(mount for mount in (host.weights, adapters_mount(order, host), *more) if mount)
 
 
 def repository_name(image: str) -> str:

@@ -10,6 +10,8 @@ from msgspec import Struct
 ENGINE_PORT = 8000
 WEIGHTS_DIR = "/model-store"
 ADAPTERS_DIR = "/loras"
+FILES_DIR = "/nimhost"
+"""Where an engine finds the files that nimhost writes for it: a chat template, a tool parser."""
 
 
 class Mount(Struct, frozen=True, order=True):
@@ -42,6 +44,8 @@ class ContainerSpec(Struct, frozen=True, kw_only=True):
     secret_env: dict[str, str] = {}
     """Environment variable -> ref of the secret (`workspace/name`) whose value it gets."""
     mounts: tuple[Mount, ...] = ()
+    files: dict[str, str] = {}
+    """Path in the container -> content of a file that is written for it and mounted read-only."""
     probe: Probe
     gpus: int = 0
     port: int = ENGINE_PORT
@@ -49,6 +53,8 @@ class ContainerSpec(Struct, frozen=True, kw_only=True):
     user: str | None = None
     policy: str = "generic"
     """Which paths the gateway lets through: `vllm`, `nim` or `generic`."""
+    warnings: tuple[str, ...] = ()
+    """What works but is hardly what somebody wanted."""
 
 
 def spec_hash(wish: object) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from nimhost.engines.order import HostFacts, ModelOrder, Order
 from nimhost.engines.spec import Mount
 from nimhost.entities import DeployModelSpec, ExecutorConfig, HuggingFaceStorage, ModelSpec
@@ -13,15 +15,12 @@ HOST = HostFacts(
     nim_image="nvcr.io/nim/nvidia/llm-nim:1.13.1",
     vllm_image="vllm/vllm-openai:v1",
     nim_cache_dir="/data/nim-cache",
+    loras_dir="/data/loras",
+    files_dir="/data/container-files",
     shm_bytes=16 * 2**30,
 )
-WITH_WEIGHTS = HostFacts(
-    nim_image=HOST.nim_image,
-    vllm_image=HOST.vllm_image,
-    nim_cache_dir=HOST.nim_cache_dir,
-    shm_bytes=HOST.shm_bytes,
-    weights=Mount("/cache/models--org--m", "/model-store"),
-    weights_path="/model-store/snapshots/abc",
+WITH_WEIGHTS = replace(
+    HOST, weights=Mount("/cache/models--org--m", "/model-store"), weights_path="/model-store/snapshots/abc"
 )
 
 

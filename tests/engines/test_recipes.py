@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from nimhost.engines.order import image_of, repository_name
+from nimhost.engines.order import ChatOrder, Script, image_of, repository_name
+from nimhost.engines.parallel import tensor_parallel_size
 from nimhost.engines.recipes import cook, needs_weights
-from nimhost.engines.spec import Mount, Probe
-from nimhost.engines.vllm import tensor_parallel_size
+from nimhost.engines.spec import ContainerSpec, Mount, Probe
 from nimhost.entities import ToolCallConfig
 from nimhost.errors import BadRequest
 from tests.engines.make import HOST, WITH_WEIGHTS, model, order, spec
@@ -39,10 +40,12 @@ def test_vllm_on_no_gpu_keeps_the_shm_default() -> None:
         (0, {}, 1),
         (1, {}, 1),
         (2, {}, 2),
-        (4, {"num_attention_heads": 16, "num_kv_heads": 2}, 2),
+        (4, {"num_attention_heads": 16, "num_kv_heads": 2}, 4),  # each key-value head twice
+        (6, {"num_attention_heads": 12, "num_kv_heads": 4, "hidden_size": 768}, 2),
+        (4, {"num_attention_heads": 32, "num_kv_heads": 32, "hidden_size": 4096, "ffn_hidden_size": 11006}, 2),
         (3, {"num_attention_heads": 16, "num_kv_heads": 8}, 1),
         (8, {"num_attention_heads": 40, "num_kv_heads": 8, "hidden_size": 5120}, 8),
-        (6, {"num_attention_heads": 12, "num_kv_heads": 3, "hidden_size": 768}, 3),
+        (6, {"num_attention_heads": 12, "num_kv_heads": 3, "hidden_size": 768}, 6),
     ],
 )
 def test_tensor_parallel_size(gpus: int, sizes: dict[str, int], expected: int) -> None:
@@ -65,10 +68,91 @@ def test_vllm_user_environment_wins() -> None:
     assert (made.env["HF_HUB_OFFLINE"], made.env["A"]) == ("0", "b")
 
 
-def test_vllm_with_adapters_enables_loading_at_run_time() -> None:
-    made = cook(order("vllm", with_model=model(), wish={"lora_enabled": True}), WITH_WEIGHTS)
+def flag(made: ContainerSpec, name: str) -> str | None:
+    return next((made.args[at + 1] for at, argument in enumerate(made.args) if argument == name), None)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "own", "rank", "together"),
+    [
+        ((), [], "16", "4"),
+        ((8,), [], "16", "4"),
+        ((8, 24), [], "32", "4"),
+        ((300,) * 6, [], "320", "6"),
+        ((16,) * 40, [], "16", "16"),
+        ((4096,), [], "512", "4"),
+        ((64,), ["--max-lora-rank=16", "--max-loras", "1"], None, "1"),
+    ],
+)
+def test_vllm_with_adapters_is_made_for_those_registered(
+    ranks: tuple[int, ...], own: list[str], rank: str | None, together: str
+) -> None:
+    wish = {"lora_enabled": True}
+    asked = order("vllm", with_model=model(lora_ranks=ranks), wish=wish, additional_args=own)
+    made = cook(asked, WITH_WEIGHTS)
     assert "--enable-lora" in made.args
+    assert (flag(made, "--max-lora-rank"), flag(made, "--max-loras")) == (rank, together)
     assert made.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert made.mounts[1] == Mount("/data/loras/default--qwen3-1-7b", "/loras")
+
+
+def test_vllm_gets_its_chat_template_and_plugin_as_files() -> None:
+    chat = ChatOrder(chat_template="{{ a }}\n", tools=ToolCallConfig(tool_call_parser="mine", auto_tool_choice=True))
+    host = replace(WITH_WEIGHTS, tool_parser=Script("parser.py", "x = 1"))
+    made = cook(order("vllm", with_model=model(chat=chat)), host)
+    assert flag(made, "--chat-template") == "/nimhost/chat-template.jinja"
+    assert flag(made, "--tool-call-parser") == "mine"
+    assert flag(made, "--tool-parser-plugin") == "/nimhost/parser.py"
+    assert "--enable-auto-tool-choice" in made.args
+    assert made.files == {"/nimhost/chat-template.jinja": "{{ a }}\n", "/nimhost/parser.py": "x = 1"}
+
+
+def test_the_config_overrides_the_models_chat_settings() -> None:
+    chat = ChatOrder(chat_template="model", tools=ToolCallConfig(tool_call_parser="hermes", auto_tool_choice=True))
+    wish = {"chat_template": "config", "tool_call_config": ToolCallConfig(auto_tool_choice=False)}
+    made = cook(order("vllm", with_model=model(chat=chat), wish=wish), WITH_WEIGHTS)
+    assert made.files["/nimhost/chat-template.jinja"] == "config"
+    assert "--enable-auto-tool-choice" not in made.args
+    assert flag(made, "--tool-call-parser") == "hermes"
+
+
+@pytest.mark.parametrize(
+    ("known", "wish", "pooling"),
+    [
+        ({}, {}, False),
+        ({"is_embedding_model": True}, {}, True),
+        ({"is_embedding_model": True, "is_chat": True}, {}, False),  # by its name only: vLLM knows better
+        ({}, {"model_type": "embed"}, True),
+        ({}, {"model_type": "llm"}, False),
+    ],
+)
+def test_vllm_is_told_of_embedding_models(known: dict[str, Any], wish: dict[str, Any], pooling: bool) -> None:
+    made = cook(order("vllm", with_model=model(spec=spec(**known)), wish=wish), WITH_WEIGHTS)
+    assert flag(made, "--runner") == ("pooling" if pooling else None)
+
+
+@pytest.mark.parametrize(
+    ("engine", "found"),
+    [("vllm", lambda s: "--trust-remote-code" in s.args), ("nim", lambda s: "NIM_FORCE_TRUST_REMOTE_CODE" in s.env)],
+)
+@pytest.mark.parametrize("trusted", [True, False])
+def test_trusted_code(engine: str, found: Any, trusted: bool) -> None:
+    assert found(cook(order(engine, with_model=model(trust_remote_code=trusted)), WITH_WEIGHTS)) is trusted
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [((), None), ((32,), None), ((8, 64), "64")])
+def test_nim_looks_for_adapters_itself(ranks: tuple[int, ...], rank: str | None) -> None:
+    made = cook(order("nim", with_model=model(lora_ranks=ranks), wish={"lora_enabled": True}), WITH_WEIGHTS)
+    assert (made.env["NIM_PEFT_SOURCE"], made.env["NIM_PEFT_REFRESH_INTERVAL"]) == ("/loras", "30")
+    assert made.env.get("NIM_MAX_LORA_RANK") == rank
+    assert Mount("/data/loras/default--qwen3-1-7b", "/loras") in made.mounts
+
+
+def test_nim_is_given_a_plugin_as_a_file() -> None:
+    host = replace(WITH_WEIGHTS, tool_parser=Script("my_parser.py", "x = 1"))
+    made = cook(order("nim", with_model=model()), host)
+    assert made.env["NIM_TOOL_PARSER_PLUGIN"] == "/nimhost/my_parser.py"
+    assert made.files == {"/nimhost/my_parser.py": "x = 1"}
 
 
 def test_nim_from_ngc_brings_its_model() -> None:
@@ -110,12 +194,12 @@ def test_a_model_specific_nim_with_our_weights_is_told_so() -> None:
 
 
 def test_nim_tool_calling_is_overridden_field_by_field() -> None:
-    base = spec(
+    base = ChatOrder(
         chat_template="from model",
-        tool_call_config=ToolCallConfig(tool_call_parser="llama3_json", auto_tool_choice=True),
+        tools=ToolCallConfig(tool_call_parser="llama3_json", auto_tool_choice=True),
     )
     wish: dict[str, Any] = {"tool_call_config": ToolCallConfig(auto_tool_choice=False)}
-    env = cook(order("nim", with_model=model(spec=base), wish=wish), WITH_WEIGHTS).env
+    env = cook(order("nim", with_model=model(chat=base), wish=wish), WITH_WEIGHTS).env
     assert env["NIM_CHAT_TEMPLATE"] == "from model"
     assert (env["NIM_TOOL_CALL_PARSER"], env["NIM_ENABLE_AUTO_TOOL_CHOICE"]) == ("llama3_json", "0")
 
