@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from msgspec import Struct
 
+from nimhost.entities import Entity
 from nimhost.errors import BadRequest, Conflict, DiskFull, HostError, NotFound
 
 T = TypeVar("T")
@@ -77,6 +78,15 @@ class FileStorage:
         """Where the files of a fileset are, whether or not there are any yet."""
         return self.root / workspace / name
 
+    def base(self, fileset: Entity) -> Path:
+        """The directory that a local fileset's files are in: its own, or the user's."""
+        path = fileset.wish.storage.path
+        return Path(path) if path else self.directory(fileset.workspace, fileset.name)
+
+    async def filesets(self) -> list[tuple[str, str]]:
+        """Workspace and name of every directory there is."""
+        return await self.run(_filesets, self.root)
+
     async def list_files(self, base: Path, prefix: str = "") -> list[StoredFile]:
         """Every regular file below `base` whose path is `prefix` or lies in it, by path. Links are left out."""
         return await self.run(_list_files, base, prefix)
@@ -85,6 +95,10 @@ class FileStorage:
         """Raises NotFound; BadRequest for a path that leaves `base`."""
         parts = split_path(path)
         return await self.run(self._open_file, base, parts)
+
+    async def open_path(self, path: Path) -> OpenFile:
+        """A file that nimhost itself put where it is. Raises NotFound."""
+        return await self.run(self._open_path, path)
 
     async def write(self, base: Path, path: str, chunks: AsyncIterator[bytes]) -> StoredFile:
         """Stores `chunks` under `path`, replacing what was there only when all of it has come and is on the disk.
@@ -144,6 +158,10 @@ class FileStorage:
             os.close(fd)
             raise FileNotFoundError
         return OpenFile(self, fd, StoredFile("/".join(parts), found.st_size))
+
+    def _open_path(self, path: Path) -> OpenFile:
+        fd = os.open(path, os.O_RDONLY)
+        return OpenFile(self, fd, StoredFile(path.name, os.fstat(fd).st_size))
 
     def _delete_all(self, base: Path) -> None:
         away = self.root / _DRAFTS / secrets.token_hex(16)
@@ -261,6 +279,10 @@ def _delete_file(base: Path, parts: list[str]) -> StoredFile:
                 break
             raise
     return StoredFile("/".join(parts), found.st_size)
+
+
+def _filesets(root: Path) -> list[tuple[str, str]]:
+    return [(path.parent.name, path.name) for path in root.glob("*/*") if path.parent.name != _DRAFTS and path.is_dir()]
 
 
 def _list_files(base: Path, prefix: str) -> list[StoredFile]:

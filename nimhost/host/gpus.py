@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 import os
 import pwd
+import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import msgspec
 import pynvml
@@ -33,12 +35,29 @@ _HINTS = {
 }
 
 
+Link = Literal["nvlink", "board", "switch", "switches", "bridge", "node", "system"]
+"""The ways between two GPUs, the fastest first: NVLink; PCIe on one board, over one switch, over several, over the
+host bridge; within one NUMA node, across them."""
+LINKS: tuple[Link, ...] = get_args(Link)
+_TOPOLOGY: dict[int, Link] = {
+    pynvml.NVML_TOPOLOGY_INTERNAL: "board",
+    pynvml.NVML_TOPOLOGY_SINGLE: "switch",
+    pynvml.NVML_TOPOLOGY_MULTIPLE: "switches",
+    pynvml.NVML_TOPOLOGY_HOSTBRIDGE: "bridge",
+    pynvml.NVML_TOPOLOGY_NODE: "node",
+    pynvml.NVML_TOPOLOGY_SYSTEM: "system",
+}
+_CONTAINER = re.compile(r"(?:docker[-/]|/)([0-9a-f]{64})(?:\.scope)?(?:/|$)", re.MULTILINE)
+
+
 class GpuProcess(Struct, frozen=True, kw_only=True):
     pid: int
     name: str = ""
     user: str = ""
     used_bytes: int = 0
     """0 where the driver does not say."""
+    container_id: str = ""
+    """Of the container it runs in; empty for a process of the host."""
 
 
 class Gpu(Struct, frozen=True, kw_only=True):
@@ -51,6 +70,8 @@ class Gpu(Struct, frozen=True, kw_only=True):
     used_bytes: int = 0
     processes: tuple[GpuProcess, ...] = ()
     simulated: bool = False
+    links: Mapping[str, Link] = {}
+    """uuid of another GPU -> the best way there."""
     problem: str | None = None
     """Why it could not be read; its numbers are then 0."""
 
@@ -120,7 +141,7 @@ class SimulatedGpus:
         return GpuFacts(
             driver=next((gpu.driver for gpu in gpus if gpu.driver), None),
             cuda=next((gpu.cuda for gpu in gpus if gpu.cuda), None),
-            gpus=tuple(_simulated(index, gpu) for index, gpu in enumerate(gpus)),
+            gpus=_linked([_simulated(index, gpu) for index, gpu in enumerate(gpus)], _simulated_links(gpus)),
         )
 
     async def close(self) -> None:
@@ -132,6 +153,32 @@ class _SimulatedProcess(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     name: str = ""
     user: str = ""
     used_gib: float = 0.0
+    container: str = ""
+
+
+def _simulated_links(gpus: Sequence[SimulatedGpu]) -> dict[tuple[int, int], Link]:
+    """As one side says it; both sides need not."""
+    pairs: dict[tuple[int, int], Link] = {}
+    for index, gpu in enumerate(gpus):
+        for other, link in gpu.links.items():
+            if not (other.isdigit() and int(other) < len(gpus)) or link not in LINKS:
+                raise ConfigError(
+                    f"[gpus] simulated, GPU {index}, links: {other} = '{link}' is not a GPU and a way to it.",
+                    f"Ways are: {', '.join(LINKS)}",
+                )
+            pairs[(min(index, int(other)), max(index, int(other)))] = link
+    return pairs
+
+
+def _linked(gpus: list[Gpu], pairs: Mapping[tuple[int, int], Link]) -> tuple[Gpu, ...]:
+    """Pairs are places in `gpus`, the smaller one first."""
+    return tuple(
+        replace(
+            gpu,
+            links={gpus[b if a == place else a].uuid: link for (a, b), link in pairs.items() if place in (a, b)},
+        )
+        for place, gpu in enumerate(gpus)
+    )
 
 
 def _simulated_settings(index: int, gpu: SimulatedGpu | Mapping[str, Any]) -> SimulatedGpu:
@@ -153,7 +200,8 @@ def _simulated(index: int, gpu: SimulatedGpu) -> Gpu:
         memory_bytes=int(gpu.memory_gib * GIB),
         used_bytes=int(gpu.used_gib * GIB),
         processes=tuple(
-            GpuProcess(pid=p.pid, name=p.name, user=p.user, used_bytes=int(p.used_gib * GIB)) for p in processes
+            GpuProcess(pid=p.pid, name=p.name, user=p.user, used_bytes=int(p.used_gib * GIB), container_id=p.container)
+            for p in processes
         ),
         simulated=True,
     )
@@ -175,6 +223,8 @@ class NvmlGpus:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nvml")
         self._reading: Future[GpuFacts] | None = None
         self._ready = False
+        self._ways: tuple[list[str], dict[tuple[int, int], Link]] = ([], {})
+        """Between which GPUs (by uuid): read once, they do not change."""
 
     async def read(self) -> GpuFacts:
         """Callers at the same time share one reading: a driver that hangs holds one thread, not many."""
@@ -203,16 +253,38 @@ class NvmlGpus:
                 nvml.nvmlInit()
                 self._ready = True
             gpus = [gpu for index in range(nvml.nvmlDeviceGetCount()) for gpu in _gpus_at(nvml, index)]
+            found = [gpu for gpu in gpus if gpu.uuid]
+            uuids = [gpu.uuid for gpu in found]
+            if self._ways[0] != uuids:
+                self._ways = uuids, _nvml_links(nvml, found)
             cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
             return GpuFacts(
                 driver=_text(nvml.nvmlSystemGetDriverVersion()),
                 cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
-                gpus=tuple(gpu for gpu in gpus if gpu.uuid),
+                gpus=_linked(found, self._ways[1]),
                 problem="; ".join(gpu.problem for gpu in gpus if gpu.problem) or None,
             )
         except nvml.NVMLError as error:
             self._shut_down()  # so that the next reading finds a driver that came back
             return GpuFacts(problem=_sentence(error))
+
+
+def _nvml_links(nvml: Any, gpus: Sequence[Gpu]) -> dict[tuple[int, int], Link]:
+    """Of whole GPUs: parts of one have no ways of their own."""
+    whole = [place for place, gpu in enumerate(gpus) if gpu.uuid.startswith("GPU-")]
+    pairs = {}
+    for a, b in combinations(whole, 2):
+        with contextlib.suppress(nvml.NVMLError):  # some machines do not say; then all ways are alike
+            pairs[(a, b)] = _nvml_link(nvml, *(nvml.nvmlDeviceGetHandleByIndex(gpus[n].index) for n in (a, b)))
+    return pairs
+
+
+def _nvml_link(nvml: Any, one: Any, other: Any) -> Link:
+    with contextlib.suppress(nvml.NVMLError):  # no NVLink at all
+        status = nvml.nvmlDeviceGetP2PStatus(one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+        if status == pynvml.NVML_P2P_STATUS_OK:
+            return "nvlink"
+    return _TOPOLOGY.get(nvml.nvmlDeviceGetTopologyCommonAncestor(one, other), "system")
 
 
 def _gpus_at(nvml: Any, index: int) -> list[Gpu]:
@@ -273,13 +345,20 @@ def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
 
 
 def _process(pid: int, used_bytes: int) -> GpuProcess:
-    name = user = ""
+    name = user = container_id = ""
     with contextlib.suppress(OSError, KeyError):  # it ended, is hidden from us, or its user has no name
         name = Path(f"/proc/{pid}/comm").read_text().strip()
+        container_id = container_of(Path(f"/proc/{pid}/cgroup").read_text())
         uid = os.stat(f"/proc/{pid}").st_uid
         user = str(uid)
         user = pwd.getpwuid(uid).pw_name
-    return GpuProcess(pid=pid, name=name, user=user, used_bytes=used_bytes)
+    return GpuProcess(pid=pid, name=name, user=user, used_bytes=used_bytes, container_id=container_id)
+
+
+def container_of(cgroups: str) -> str:
+    """The container in the text of `/proc/PID/cgroup`; empty for a process of the host."""
+    found = _CONTAINER.search(cgroups)
+    return found[1] if found else ""
 
 
 def _text(value: str | bytes) -> str:

@@ -194,6 +194,9 @@ class RepoCache:
     def write_ref(self, commit: str) -> None:
         if self.repo.revision != commit:
             write_atomically(self.dir / "refs" / self.repo.revision, commit.encode())
+        known = self.dir / "refs" / self.repo.branch if self.repo.branch else None
+        if known is not None and not known.exists():  # another tool may know a newer commit
+            write_atomically(known, commit.encode())
 
     def write_manifest(self, commit: str, files: Iterable[HubFile], *, verified: bool) -> None:
         listed = [ManifestFile(f.path, f.size_bytes, f.digest, verified) for f in files]
@@ -261,8 +264,8 @@ def _check(repo: Repo) -> None:
         raise WeightsMissing(f"'{repo.repo_id}' is not a repository name", "Write it as ORGANISATION/NAME.")
     if repo.repo_type not in ("model", "dataset", "space"):
         raise WeightsMissing(f"'{repo.repo_type}' is not a repository type", "One of model, dataset, space.")
-    if not is_safe_path(repo.revision):
-        raise WeightsMissing(f"'{repo.revision}' is not a revision", "Name a branch, a tag or a commit.")
+    if not is_safe_path(repo.revision) or not is_safe_path(repo.branch or "main"):
+        raise WeightsMissing(f"'{repo.branch or repo.revision}' is not a revision", "Name a branch, a tag or a commit.")
 
 
 def _replace_link(link: Path, target: str) -> None:

@@ -85,8 +85,8 @@ class Hub:
         with self._lock:
             self._held_until = max(self._held_until, time.monotonic() + pause_s)
 
-    def open(self, url: str, start: int = 0) -> http.client.HTTPResponse:
-        """The response to a GET of `url` from byte `start` on.
+    def open(self, url: str, start: int = 0, stop: int | None = None) -> http.client.HTTPResponse:
+        """The response to a GET of `url` from byte `start` on, up to (not including) `stop`.
 
         Raises Interrupted for what may pass, WeightsGated, WeightsMissing or HostError for what will not.
         """
@@ -96,8 +96,8 @@ class Hub:
         request = urllib.request.Request(
             url, headers={"User-Agent": f"nimhost/{__version__}", "Accept-Encoding": "identity"}
         )
-        if start:
-            request.add_header("Range", f"bytes={start}-")
+        if start or stop is not None:
+            request.add_header("Range", f"bytes={start}-{'' if stop is None else stop - 1}")
         self._authorize(request)
         try:
             response: http.client.HTTPResponse = self._opener.open(request, timeout=self.limits.stall_s)

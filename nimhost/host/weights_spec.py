@@ -1,56 +1,98 @@
-"""Reads what a directory of weights says about its model, for `models.checkpoint` to make sense of."""
+"""Reads what the small files and the first bytes of the large ones say about a model, for `models.checkpoint`."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from pathlib import Path
 
 from nimhost.entities import Json, ModelSpec
 from nimhost.errors import BadRequest
+from nimhost.host.weights_choice import HubFile, choose_files
+from nimhost.host.weights_source import Source
 from nimhost.models.checkpoint import Tensor, header_length, is_weights_dir, parse_safetensors_header, read_spec
 
+PARALLEL = 8
+FIRST_BYTES = 32 * 1024
+"""Enough for the header of most files: one request each."""
+SMALL_FILE_BYTES = 16 << 20
+ALTERNATE = "alternates/hf/"
+INDEX = "model.safetensors.index.json"
 
-def describe_weights(directory: Path, name: str = "") -> ModelSpec:
-    """The ModelSpec of the checkpoint in `directory` (or its `alternates/hf`); `name`: see `read_spec`.
 
-    Reads small files and the first part of large ones. Raises BadRequest when there is nothing deployable in it.
+async def describe_weights(source: Source, name: str = "") -> ModelSpec:
+    """The ModelSpec of the checkpoint in `source` (or in its `alternates/hf`); `name`: see `read_spec`.
+
+    `generation_config.json` is not read: nothing in it is part of a ModelSpec. Raises BadRequest when there is nothing
+    deployable, and what reading raises.
     """
-    if problem := is_weights_dir(str(path.relative_to(directory)) for path in _files(directory)):
-        raise BadRequest(f"{directory} cannot be deployed: {problem}")
-    root = directory if (directory / "config.json").is_file() else directory / "alternates" / "hf"
+    names = await source.names()
+    if problem := is_weights_dir(names):
+        raise BadRequest(f"{source} cannot be deployed: {problem}")
+    root = "" if "config.json" in names else ALTERNATE
+    there = {name.removeprefix(root) for name in names if name.startswith(root)}
+    await _check_complete(source, root, there)
+    config, tokenizer_config, tensors = await asyncio.gather(
+        _json(source, root, "config.json", there),
+        _json(source, root, "tokenizer_config.json", there),
+        read_tensors(source, [root + name for name in checkpoint_files(there)]),
+    )
     return read_spec(
-        _json(root / "config.json"),
+        config,
         name=name,
-        tokenizer_config=_json(root / "tokenizer_config.json"),
-        chat_template="chat_template.jinja" if (root / "chat_template.jinja").is_file() else None,
-        tensors=read_tensors(root),
+        tokenizer_config=tokenizer_config,
+        chat_template="chat_template.jinja" if "chat_template.jinja" in there else None,
+        tensors=tensors,
     )
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of the safetensors files in `directory`, by name. Raises BadRequest for a file that is none."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                tensors |= parse_safetensors_header(file.read(header_length(file.read(8))))
-        except ValueError as error:
-            raise BadRequest(f"{path} is not a safetensors file: {error}") from error
-    return tensors
+async def _check_complete(source: Source, root: str, there: set[str]) -> None:
+    """Files that the index speaks of may still be on their way: half of the tensors make another model."""
+    index = await _json(source, root, INDEX, there)
+    parts = index.get("weight_map")
+    missing = sorted({str(name) for name in parts.values()} - there) if isinstance(parts, dict) else []
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadRequest(f"{source} is not complete: {missing[0]}{more} of its {INDEX} is not there")
 
 
-def _files(directory: Path) -> list[Path]:
-    alternate = directory / "alternates" / "hf"
-    return [path for folder in (directory, alternate) if folder.is_dir() for path in folder.iterdir()]
+def checkpoint_files(names: set[str]) -> list[str]:
+    """The safetensors files that together are the checkpoint: those an engine would be given."""
+    chosen = choose_files([HubFile(name, 0, "") for name in sorted(names)])
+    return [file.path for file in chosen if file.path.endswith(".safetensors") and "/" not in file.path]
 
 
-def _json(path: Path) -> Json:
+async def read_tensors(source: Source, paths: list[str]) -> dict[str, Tensor]:
+    """Every tensor of these safetensors files, by name. Raises BadRequest for a file that is none."""
+    room = asyncio.Semaphore(PARALLEL)
+
+    async def header(path: str) -> dict[str, Tensor]:
+        async with room:
+            return await _header(source, path)
+
+    found: dict[str, Tensor] = {}
+    for tensors in await asyncio.gather(*map(header, paths)):
+        found |= tensors
+    return found
+
+
+async def _header(source: Source, path: str) -> dict[str, Tensor]:
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
+        start = await source.read(path, FIRST_BYTES)
+        stop = 8 + header_length(start)
+        if stop > FIRST_BYTES:
+            start = await source.read(path, stop)
+        return parse_safetensors_header(start[8:stop])
     except ValueError as error:
-        raise BadRequest(f"{path} is not JSON: {error}") from error
+        raise BadRequest(f"{path} of {source} is not a safetensors file: {error}") from error
+
+
+async def _json(source: Source, root: str, name: str, there: set[str]) -> Json:
+    if name not in there:
+        return {}
+    try:
+        content = json.loads(await source.read(root + name, SMALL_FILE_BYTES))
+    except ValueError as error:
+        raise BadRequest(f"{name} of {source} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise BadRequest(f"{path} is not a JSON object")
+        raise BadRequest(f"{name} of {source} is not a JSON object")
     return content

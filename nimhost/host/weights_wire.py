@@ -13,6 +13,8 @@ class Repo(Struct, frozen=True):
     revision: str = "main"
     repo_type: str = "model"
     endpoint: str | None = None
+    branch: str | None = None
+    """Of a commit: what led to it. With the weights in the cache it leads there without the hub, too."""
 
     def __str__(self) -> str:
         return self.repo_id if self.revision == "main" else f"{self.repo_id}@{self.revision}"

@@ -15,7 +15,7 @@ import pytest
 from nimhost.config import SimulatedGpu
 from nimhost.errors import ConfigError
 from nimhost.host import gpus as gpus_module
-from nimhost.host.gpus import GIB, Gpu, GpuFacts, LimitedGpus, NvmlGpus, SimulatedGpus, limited
+from nimhost.host.gpus import GIB, Gpu, GpuFacts, LimitedGpus, NvmlGpus, SimulatedGpus, container_of, limited
 
 
 @dataclass
@@ -42,7 +42,9 @@ class Nvml:
         self.devices = list(devices)
         self.init_error: int | None = None
         self.count_error: int | None = None
-        self.inits = self.reads = 0
+        self.inits = self.reads = self.reads_of_ways = 0
+        self.ways: dict[tuple[str, str], int | str] = {}
+        """Two uuids -> topology level, or "nvlink"; the other pairs are asked in vain."""
         self.held = threading.Event()
         self.held.set()
 
@@ -94,6 +96,18 @@ class Nvml:
 
         return call
 
+    def nvmlDeviceGetP2PStatus(self, one: Device, other: Device, index: int) -> int:  # noqa: N802
+        assert index == pynvml.NVML_P2P_CAPS_INDEX_NVLINK
+        linked = self.ways.get((one.uuid, other.uuid)) == "nvlink"
+        return int(pynvml.NVML_P2P_STATUS_OK if linked else pynvml.NVML_P2P_STATUS_NOT_SUPPORTED)
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, one: Device, other: Device) -> int:  # noqa: N802
+        self.reads_of_ways += 1
+        found = self.ways.get((one.uuid, other.uuid))
+        if not isinstance(found, int):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return found
+
 
 def processes(found: list[tuple[int, int | None]]) -> list[SimpleNamespace]:
     return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in found]
@@ -133,6 +147,40 @@ async def test_processes_on_a_gpu_are_named() -> None:
     assert gpu.processes[0].name
     assert gpu.processes[0].user
     assert (gpu.processes[1].name, gpu.processes[1].user) == ("", "")
+
+
+async def test_the_ways_between_gpus_are_read_once() -> None:
+    nvml = Nvml(Device("GPU-a"), Device("GPU-b"), Device("GPU-c"), Device("GPU-d"))
+    nvml.ways = {("GPU-a", "GPU-b"): "nvlink", ("GPU-a", "GPU-c"): pynvml.NVML_TOPOLOGY_SYSTEM}
+    gpus = gpus_on(nvml)
+    first = (await gpus.read()).gpus
+    asked = nvml.reads_of_ways
+    again = (await gpus.read()).gpus
+    await gpus.close()
+
+    assert [dict(gpu.links) for gpu in first] == [
+        {"GPU-b": "nvlink", "GPU-c": "system"}, {"GPU-a": "nvlink"}, {"GPU-a": "system"}, {},
+    ]  # fmt: skip
+    assert again == first
+    assert nvml.reads_of_ways == asked
+
+
+ID = "4e" * 32
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "container"),
+    [
+        (f"0::/system.slice/docker-{ID}.scope\n", ID),
+        (f"0::/docker/{ID}\n", ID),
+        (f"12:devices:/docker/{ID}\n1:name=systemd:/docker/{ID}\n", ID),
+        (f"0::/user.slice/user-1000.slice/user@1000.service/user.slice/docker-{ID}.scope/init\n", ID),
+        ("0::/user.slice/user-1000.slice/session-2.scope\n", ""),
+        ("", ""),
+    ],
+)
+def test_a_process_in_a_container_is_known_by_its_cgroup(cgroups: str, container: str) -> None:
+    assert container_of(cgroups) == container
 
 
 async def test_machine_without_nvml_has_no_gpus_and_says_why() -> None:
@@ -268,6 +316,12 @@ async def test_simulated_gpu_shows_what_the_settings_say() -> None:
     assert [(p.pid, p.name, p.user, p.used_bytes) for p in gpu.processes] == [(7, "python", "ada", 2 * GIB)]
 
 
+async def test_simulated_gpus_are_linked_both_ways() -> None:
+    settings = [{"name": "X", "memory_gib": 1, "links": {"1": "nvlink"}}, {"name": "X", "memory_gib": 1}]
+    one, other = (await SimulatedGpus(settings).read()).gpus
+    assert (one.links, other.links) == ({other.uuid: "nvlink"}, {one.uuid: "nvlink"})
+
+
 async def test_simulated_gpus_change_when_a_test_says_so() -> None:
     gpus = SimulatedGpus([{"name": "X", "memory_gib": 16, "used_gib": 0}])
     gpus.settings[0] = {"name": "X", "memory_gib": 16, "used_gib": 4}
@@ -278,7 +332,9 @@ async def test_simulated_gpus_change_when_a_test_says_so() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"name": "X"}, {"name": "X", "memory_gib": 1, "speed": 2},
-    {"name": "X", "memory_gib": 1, "processes": [{"name": "no pid"}]}])  # fmt: skip
+    {"name": "X", "memory_gib": 1, "processes": [{"name": "no pid"}]},
+    {"name": "X", "memory_gib": 1, "links": {"0": "string"}},
+    {"name": "X", "memory_gib": 1, "links": {"7": "nvlink"}}])  # fmt: skip
 def test_simulated_gpu_with_wrong_settings_is_refused_at_once(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="GPU 0"):
         SimulatedGpus([settings])

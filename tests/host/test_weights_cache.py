@@ -11,6 +11,7 @@ from nimhost.errors import BadRequest, WeightsMissing
 from nimhost.host.weights import Repo, Weights
 from nimhost.host.weights_cache import RepoCache, is_safe_path, looks_complete
 from nimhost.host.weights_choice import HubFile
+from nimhost.host.weights_source import Directory
 from nimhost.host.weights_spec import describe_weights
 
 COMMIT = "a" * 40
@@ -127,22 +128,22 @@ def test_paths_that_lead_outside_are_not_safe(path: str) -> None:
         RepoCache(Path("/cache"), Repo("org/tiny", path))
 
 
-def test_directory_of_weights_describes_itself(tmp_path: Path) -> None:
+async def test_directory_of_weights_describes_itself(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "model-1.safetensors").write_bytes(safetensors(model__embed__weight=(10, 8)))
     (tmp_path / "model-2.safetensors").write_bytes(safetensors(lm_head__weight=(10, 8), x=(3, 1)))
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    spec = describe_weights(tmp_path, "my-embedder")
+    spec = await describe_weights(Directory(tmp_path), "my-embedder")
     assert spec.base_num_parameters == 163
     assert (spec.tied_embeddings, spec.is_chat, spec.is_embedding_model) == (False, True, True)
 
 
-def test_directory_where_the_platform_keeps_hf_weights(tmp_path: Path) -> None:
+async def test_directory_where_the_platform_keeps_hf_weights(tmp_path: Path) -> None:
     root = tmp_path / "alternates" / "hf"
     root.mkdir(parents=True)
     (root / "config.json").write_text(json.dumps(LLAMA))
     (root / "model.safetensors").write_bytes(WHOLE)
-    assert describe_weights(tmp_path).base_num_parameters == 6
+    assert (await describe_weights(Directory(tmp_path))).base_num_parameters == 6
 
 
 @pytest.mark.parametrize(
@@ -157,8 +158,22 @@ def test_directory_where_the_platform_keeps_hf_weights(tmp_path: Path) -> None:
         ({"config.json": json.dumps(LLAMA).encode(), "model.safetensors": b"pickle"}, "not a safetensors file"),
     ],
 )
-def test_directory_that_cannot_be_deployed_says_why(tmp_path: Path, files: dict[str, bytes], problem: str) -> None:
+async def test_directory_that_cannot_be_deployed_says_why(
+    tmp_path: Path, files: dict[str, bytes], problem: str
+) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(BadRequest, match=problem):
-        describe_weights(tmp_path)
+        await describe_weights(Directory(tmp_path))
+
+
+def test_a_commit_is_found_by_the_branch_it_was_found_by_unless_another_tool_knows_better(tmp_path: Path) -> None:
+    refs = tmp_path / "models--org--tiny" / "refs"
+    RepoCache(tmp_path, Repo("org/tiny", COMMIT, branch="main")).write_ref(COMMIT)
+    assert RepoCache(tmp_path, TINY).commit() == COMMIT
+    (refs / "main").write_text("b" * 40)
+    RepoCache(tmp_path, Repo("org/tiny", COMMIT, branch="main")).write_ref(COMMIT)
+    assert RepoCache(tmp_path, TINY).commit() == "b" * 40
+    assert [path.name for path in refs.iterdir()] == ["main"]
+    with pytest.raises(WeightsMissing, match="is not a revision"):
+        RepoCache(tmp_path, Repo("org/tiny", COMMIT, branch="../../x"))
