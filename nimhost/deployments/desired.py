@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from nimhost.engines.order import HostFacts, ModelOrder, Order
+from nimhost.deployments.fit import ask_of
+from nimhost.engines.order import ChatOrder, HostFacts, ModelOrder, Order
 from nimhost.engines.recipes import image_for, needs_weights
 from nimhost.engines.spec import spec_hash
 from nimhost.entities import (
@@ -22,6 +23,8 @@ from nimhost.entities import (
     Model,
 )
 from nimhost.errors import NimhostError
+from nimhost.models.memory import GIB, Ask
+from nimhost.models.spec import chat_of, spec_of
 from nimhost.refs import Ref, is_name
 
 Find = Callable[[str, str, str], Entity | None]
@@ -36,6 +39,8 @@ class HubWeights(Struct, frozen=True, kw_only=True):
     repo_type: str
     endpoint: str | None
     token_secret: Ref | None
+    branch: str | None = None
+    """What `revision` was when the fileset was made, if it is the commit that this stood for then."""
 
 
 class LocalWeights(Struct, frozen=True, kw_only=True):
@@ -57,6 +62,8 @@ class Desired(Struct, frozen=True, kw_only=True):
     image: str = ""
     weights: Weights | None = None
     hash: str = ""
+    ask: Ask | None = None
+    """How its engine will use GPU memory; None where that is not known."""
     problem: str | None = None
     """Why it cannot be started as it is: a reference that is missing, a wish that makes no sense."""
 
@@ -81,6 +88,12 @@ class Desired(Struct, frozen=True, kw_only=True):
     def gpus(self) -> int:
         return self.order.gpus if self.order else 0
 
+    @property
+    def share_bytes(self) -> int | None:
+        """How much of each GPU it asks for; None: all, for itself alone."""
+        share_gib = self.order.executor.gpu_memory_gib if self.order else None
+        return None if share_gib is None else int(share_gib * GIB)
+
 
 def join(entity: Entity, config: DeploymentConfig | None, find: Find, host: HostFacts) -> Desired:
     """`entity` with what it refers to; `config` is the wish of the version it follows, None when it is gone."""
@@ -93,7 +106,7 @@ def join(entity: Entity, config: DeploymentConfig | None, find: Find, host: Host
         problem, weights = _weights(order, host, _resolved_commit(desired))
     except NimhostError as error:
         return msgspec.structs.replace(desired, problem=error.message)
-    return msgspec.structs.replace(desired, image=image, weights=weights, problem=problem)
+    return msgspec.structs.replace(desired, image=image, weights=weights, ask=ask_of(order, host), problem=problem)
 
 
 def model_ref(spec: DeployModelSpec, workspace: str) -> Ref | None:
@@ -158,11 +171,13 @@ def _model_order(entity: Entity, find: Find) -> ModelOrder:
     fileset = _split(model.fileset, entity.workspace)
     found = find("filesets", *fileset) if fileset else None
     storage: Fileset | None = found.wish if found else None
+    template, tools = chat_of(entity, storage)
     return ModelOrder(
         ref=Ref(entity.workspace, entity.name),
         fileset=fileset,
         storage=storage.storage if storage else None,
-        spec=model.spec,
+        spec=spec_of(entity),
+        chat=ChatOrder(chat_template=template, tools=tools),
         trust_remote_code=model.trust_remote_code,
     )
 
@@ -194,13 +209,14 @@ def _weights(order: Order, host: HostFacts, commit: str | None) -> tuple[str | N
         return f"Model {model.ref} has no fileset, so there are no weights to serve.", None
     if model.storage is None:
         return f"Fileset '{model.fileset}' of model {model.ref} does not exist.", None
-    return _located(model.fileset, model.storage, commit or order.revision)
+    return weights_in(model.fileset, model.storage, commit or order.revision)
 
 
 _UNSUPPORTED: Mapping[str, str] = {"NgcStorage": "Weights from NGC storage are not supported yet."}
 
 
-def _located(fileset: Ref, storage: Any, revision: str | None) -> tuple[str | None, Weights | None]:
+def weights_in(fileset: Ref, storage: Any, revision: str | None) -> tuple[str | None, Weights | None]:
+    """(why the files of a fileset cannot be had, where they are)."""
     match storage:
         case HuggingFaceStorage():
             return None, HubWeights(
@@ -209,6 +225,7 @@ def _located(fileset: Ref, storage: Any, revision: str | None) -> tuple[str | No
                 repo_type=storage.repo_type,
                 endpoint=storage.endpoint,
                 token_secret=_split(storage.token_secret, fileset.workspace),
+                branch=storage.original_revision,
             )
         case LocalStorage():
             return None, LocalWeights(directory=storage.path, fileset=fileset)

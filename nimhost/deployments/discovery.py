@@ -67,6 +67,8 @@ class Discovery:
         while True:
             status = await self._ask(question)
             await self._write(question, status)
+            if question.problem is not None:
+                return  # there is nothing to ask until the question changes
             if status.status == "READY":
                 pause_s = RETRY_S[0]
                 await asyncio.sleep(STEADY_INTERVAL_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -12,19 +13,20 @@ import msgspec
 from msgspec import Struct
 
 from nimhost.config import Settings
+from nimhost.deployments.actions import Halt, Prepare, Remove, Start
 from nimhost.deployments.desired import Desired, HubWeights
 from nimhost.deployments.labels import Labels, container_name
 from nimhost.deployments.observe import Observer, repo_of, resolved_image
-from nimhost.deployments.observed import Located
-from nimhost.deployments.plan import Halt, Prepare, Remove, Start
+from nimhost.deployments.resolve import Resolver
 from nimhost.engines.order import HostFacts
-from nimhost.engines.recipes import cook
-from nimhost.engines.spec import WEIGHTS_DIR, ContainerSpec, Mount
-from nimhost.entities import Run
+from nimhost.engines.share import with_utilization
+from nimhost.engines.spec import ADAPTERS_DIR, ContainerSpec, Mount
 from nimhost.errors import DiskFull, HostError, ImageNotFound, NimhostError, NotFound, WeightsMissing
 from nimhost.host.containers import GPU_ULIMITS, Containers, PullProgress
 from nimhost.host.weights import Weights, WeightsProgress
+from nimhost.host.weights_cache import write_atomically
 from nimhost.refs import Ref
+from nimhost.runs import Run
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Executor:
         containers: Containers,
         weights: Weights,
         observer: Observer,
+        resolver: Resolver,
         secret: Secret,
         on_progress: Callable[[Ref, Progress], None],
     ) -> None:
@@ -61,6 +64,7 @@ class Executor:
         self._containers = containers
         self._weights = weights
         self._observer = observer
+        self._resolver = resolver
         self._secret = secret
         self._on_progress = on_progress
         self._progress: dict[Ref, Progress] = {}
@@ -96,7 +100,7 @@ class Executor:
         if image is None:
             raise ImageNotFound(f"Image {d.image} is no longer on this machine.")
         assert d.order is not None
-        spec = cook(d.order, _with_weights(self._host, located))
+        spec = await self._resolver.resolve(d.order, located)
         return msgspec.structs.replace(
             run,
             image_id=image.id,
@@ -106,7 +110,10 @@ class Executor:
 
     async def start(self, action: Start, d: Desired, run: Run, owner: str, epoch: int) -> None:
         spec = msgspec.convert(run.resolved, ContainerSpec)
+        if action.utilization is not None:
+            spec = with_utilization(spec, action.utilization)
         await asyncio.to_thread(_make_directories, spec)
+        spec = await asyncio.to_thread(_write_files, spec, Path(self._host.files_dir))
         labels = Labels(
             owner=owner,
             deployment=d.ref,
@@ -115,6 +122,7 @@ class Executor:
             gpus=action.gpu_ids,
             probe=spec.probe,
             epoch=epoch,
+            share_bytes=d.share_bytes,
         )
         docker = self._settings.docker
         await self._containers.run(
@@ -173,23 +181,34 @@ class Executor:
         return self._progress.get(ref)
 
 
-def _with_weights(host: HostFacts, located: Located | None) -> HostFacts:
-    if located is None:
-        return host
-    path = f"{WEIGHTS_DIR}/{located.subdirectory}" if located.subdirectory else WEIGHTS_DIR
-    return msgspec.structs.replace(host, weights=Mount(located.source, WEIGHTS_DIR), weights_path=path)
-
-
 def _make_directories(spec: ContainerSpec) -> None:
-    """Directories that an engine writes to. NIM runs as a user of its own, so anybody may write."""
+    """Directories of ours. NIM runs as a user of its own, so anybody may write where an engine writes."""
     for mount in spec.mounts:
-        if not mount.read_only and not Path(mount.source).exists():
+        ours = mount.target == ADAPTERS_DIR or not mount.read_only
+        if ours and not Path(mount.source).exists():
             try:
                 os.makedirs(mount.source)
-                os.chmod(mount.source, 0o777)
+                os.chmod(mount.source, 0o755 if mount.read_only else 0o777)
             except OSError as error:
                 cls = DiskFull if error.errno == 28 else HostError
                 raise cls(f"Cannot make the directory {mount.source}: {error.strerror}.") from None
+
+
+def _write_files(spec: ContainerSpec, directory: Path) -> ContainerSpec:
+    """The spec with its files as mounts. Named by their content: a file is never changed under an engine."""
+    mounts = []
+    for target, text in sorted(spec.files.items()):
+        content = text.encode()
+        path = directory / hashlib.sha256(content).hexdigest()[:16] / Path(target).name
+        try:
+            if not path.is_file() or path.read_bytes() != content:
+                write_atomically(path, content)
+            path.chmod(0o644)
+        except OSError as error:
+            cls = DiskFull if error.errno == 28 else HostError
+            raise cls(f"Cannot write the file {path}: {error.strerror}.") from None
+        mounts.append(Mount(str(path), target))
+    return msgspec.structs.replace(spec, mounts=(*spec.mounts, *mounts))
 
 
 def _first(failures: BaseExceptionGroup[NimhostError]) -> NimhostError:

@@ -24,6 +24,8 @@ class Labels(Struct, frozen=True, kw_only=True):
     gpus: tuple[str, ...]
     probe: Probe
     epoch: int
+    share_bytes: int | None = None
+    """How much of each GPU it has; None: all."""
 
     def encode(self) -> dict[str, str]:
         return {
@@ -34,6 +36,7 @@ class Labels(Struct, frozen=True, kw_only=True):
             f"{PREFIX}gpus": ",".join(self.gpus),
             f"{PREFIX}health": msgspec.json.encode(self.probe).decode(),
             f"{PREFIX}epoch": str(self.epoch),
+            **({f"{PREFIX}share": str(self.share_bytes)} if self.share_bytes is not None else {}),
         }
 
 
@@ -52,6 +55,7 @@ def read_labels(labels: Mapping[str, str]) -> Labels | None:
             gpus=tuple(filter(None, labels[f"{PREFIX}gpus"].split(","))),
             probe=msgspec.json.decode(labels[f"{PREFIX}health"], type=Probe),
             epoch=int(labels[f"{PREFIX}epoch"]),
+            share_bytes=int(share) if (share := labels.get(f"{PREFIX}share")) else None,
         )
     except (KeyError, ValueError, TypeError, msgspec.MsgspecError):
         return None

@@ -6,29 +6,23 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec.structs import replace
 
 from nimhost.deployments.desired import Desired, HubWeights, LocalWeights
+from nimhost.deployments.driver import requirement
+from nimhost.deployments.gpu_use import Claim, claims_of, slots_of
 from nimhost.deployments.labels import Labels, read_labels
-from nimhost.deployments.observed import GpuSlot, Instance, Located, Observed
+from nimhost.deployments.observed import Instance, Located, Observed
 from nimhost.deployments.probe import Prober, Target
+from nimhost.deployments.readings import Readings
 from nimhost.errors import DockerUnavailable, HostError
-from nimhost.host.containers import Container, Containers
+from nimhost.host.containers import Container, Containers, Image
 from nimhost.host.gpus import Gpu, Gpus, limited
 from nimhost.host.weights import Repo, Weights
 from nimhost.models.checkpoint import is_weights_dir
 from nimhost.refs import Ref
 
-HOLDING = frozenset({"running", "paused", "restarting", "removing"})
-"""States in which a container has its GPUs. One that exited holds none."""
 LOG_LINES = 80
-
-
-class Claim(Struct, frozen=True):
-    """A container on this machine and the GPUs it asked for."""
-
-    holder: str
-    gpu_ids: tuple[str, ...]
 
 
 class Observer:
@@ -52,6 +46,7 @@ class Observer:
         self._prober = prober
         self._owner = owner
         self._files_root = files_root
+        self._readings = Readings(containers, weights.cache_dir)
         self._log_tails: dict[str, str] = {}
         self.unowned: frozenset[str] = frozenset()
         """Containers that carry our label but that our database cannot know: never touched."""
@@ -66,22 +61,52 @@ class Observer:
         try:
             containers = await self._containers.list()
         except DockerUnavailable as error:
+            self._readings.forget()
             return Observed(docker_problem=f"{error.message} {error.hint or ''}".strip())
         ours = [(c, labels) for c in containers if (labels := self._ours(c)) is not None]
         self._prober.watch(self._targets(ours, desired))
         tails = await self._read_log_tails(ours)
         instances = tuple(self._instance(c, labels, tails) for c, labels in ours)
-        self.claims = tuple(Claim(_holder(c), c.gpu_ids) for c in containers if c.state in HOLDING and c.gpu_ids)
-        gpus, gpu_problem = await self._read_gpus()
+        self.claims = claims_of(containers)
+        return await self._complete(instances, self.claims, desired)
+
+    async def preview(self, d: Desired) -> Observed:
+        """What `d` would find if it were to start now. Never raises: without Docker it says so."""
+        try:
+            containers = await self._containers.list()
+        except DockerUnavailable as error:
+            return Observed(docker_problem=f"{error.message} {error.hint or ''}".strip())
+        return await self._complete((), claims_of(containers), (d,))
+
+    async def _complete(
+        self, instances: tuple[Instance, ...], claims: tuple[Claim, ...], desired: tuple[Desired, ...]
+    ) -> Observed:
+        """With everything beside containers."""
+        facts = limited(await self._gpus.read(), self._devices)
+        self.gpus = facts.gpus
         idle = [d for d in desired if d.order and not _runs(d, instances)]
         images, weights = await asyncio.gather(self._read_images(idle), self._read_weights(idle))
-        return Observed(
+        found = Observed(
             instances=instances,
-            gpus=gpus,
-            gpu_problem=gpu_problem,
-            images=images,
+            gpus=slots_of(facts.gpus, claims),
+            gpu_problem=facts.problem,
+            driver=facts.driver,
+            cuda=facts.cuda,
+            images={ref: image.id if image else None for ref, image in images.items()},
+            requires={ref: requirement(image.env) for ref, image in images.items() if image},
             weights=weights,
         )
+        return await self._with_readings(found, idle)
+
+    async def _with_readings(self, found: Observed, idle: list[Desired]) -> Observed:
+        """And what only the preflight needs, for those that are to start."""
+        starting = [d for d in idle if not (d.stopped or d.deleting)]
+        lacking = [d for d in starting if found.images[d.ref] is None or (d.weights and found.weights[d.ref] is None)]
+        try:
+            gives_gpus = await self._readings.gives_gpus() if any(d.gpus for d in starting) else None
+            return replace(found, gives_gpus=gives_gpus, rooms=await self._readings.rooms(lacking))
+        except DockerUnavailable:
+            return found  # the next list says so
 
     def _ours(self, container: Container) -> Labels | None:
         labels = read_labels(container.labels)
@@ -101,12 +126,14 @@ class Observer:
         }
 
     async def _read_log_tails(self, ours: list[tuple[Container, Labels]]) -> Mapping[str, str]:
+        """Of those that exited, which is read once, and of those that stopped answering, which may still say more."""
         exited = [c.id for c, _ in ours if c.state in ("exited", "dead")]
+        failing = [c.id for c, _ in ours if c.state == "running" and self._prober.health(c.id).state == "failing"]
         self._log_tails = {key: tail for key, tail in self._log_tails.items() if key in exited}
         for key in exited:
             if key not in self._log_tails:
                 self._log_tails[key] = await self._containers.log_tail(key, LOG_LINES)
-        return self._log_tails
+        return self._log_tails | {key: await self._containers.log_tail(key, LOG_LINES) for key in failing}
 
     def _instance(self, c: Container, labels: Labels, tails: Mapping[str, str]) -> Instance:
         state = {"created": "created", "exited": "exited", "dead": "exited"}.get(c.state, "running")
@@ -119,23 +146,13 @@ class Observer:
             oom_killed=c.oom_killed,
             started_at=c.started_at,
             port=c.port,
+            gpu_ids=labels.gpus,
             health=self._prober.health(c.id),
             log_tail=tails.get(c.id, ""),
         )
 
-    async def _read_gpus(self) -> tuple[tuple[GpuSlot, ...], str | None]:
-        facts = limited(await self._gpus.read(), self._devices)
-        self.gpus = facts.gpus
-        holders = claimed(self.gpus, self.claims)
-        slots = (GpuSlot(uuid=g.uuid, index=g.index, holder=holders.get(g.uuid)) for g in facts.gpus)
-        return tuple(slots), facts.problem
-
-    async def _read_images(self, desired: list[Desired]) -> Mapping[Ref, str | None]:
-        found = {}
-        for d in desired:
-            image = await self._containers.image(resolved_image(d))
-            found[d.ref] = image.id if image else None
-        return found
+    async def _read_images(self, desired: list[Desired]) -> Mapping[Ref, Image | None]:
+        return {d.ref: await self._containers.image(resolved_image(d)) for d in desired}
 
     async def _read_weights(self, desired: list[Desired]) -> Mapping[Ref, Located | None]:
         found = {}
@@ -167,8 +184,9 @@ class Observer:
 
 def repo_of(weights: HubWeights) -> Repo:
     return Repo(
-        repo_id=weights.repo_id, revision=weights.revision, repo_type=weights.repo_type, endpoint=weights.endpoint
-    )
+        repo_id=weights.repo_id, revision=weights.revision, repo_type=weights.repo_type, endpoint=weights.endpoint,
+        branch=weights.branch,
+    )  # fmt: skip
 
 
 def local_directory(weights: LocalWeights, files_root: Path) -> Path:
@@ -191,30 +209,6 @@ def resolved_image(d: Desired) -> str:
     """The image this wish was resolved to when it first started, else the name it asks for."""
     run = d.status.run
     return run.image_id if run.image_id is not None and run.spec_hash == d.hash else d.image
-
-
-def claimed(gpus: Iterable[Gpu], claims: Iterable[Claim]) -> dict[str, str]:
-    """GPU uuid -> who holds it. A claim names uuids or indexes, or just wants a number of GPUs: the first ones."""
-    holders: dict[str, str] = {}
-    ordered = sorted(gpus, key=lambda g: g.index)
-    for claim in claims:
-        for wanted in claim.gpu_ids:
-            for gpu in _named(wanted, ordered):
-                holders.setdefault(gpu.uuid, claim.holder)
-    return holders
-
-
-def _named(wanted: str, gpus: list[Gpu]) -> list[Gpu]:
-    if wanted == "all":
-        return gpus
-    if wanted.startswith("count:"):
-        return gpus[: int(wanted.removeprefix("count:"))]
-    return [gpu for gpu in gpus if wanted in (gpu.uuid, str(gpu.index))]
-
-
-def _holder(container: Container) -> str:
-    labels = read_labels(container.labels)
-    return str(labels.deployment) if labels else f"container {container.name}"
 
 
 def _runs(d: Desired, instances: tuple[Instance, ...]) -> bool:

@@ -34,16 +34,60 @@ class Instance(Struct, frozen=True, kw_only=True):
     oom_killed: bool = False
     started_at: float = 0.0
     port: int | None = None
+    gpu_ids: tuple[str, ...] = ()
     health: Health = Health()
     log_tail: str = ""
+    """Of one that exited, or that stopped answering."""
+
+
+class Share(Struct, frozen=True, order=True):
+    """A part of a GPU's memory that a deployment has, to the byte."""
+
+    holder: str
+    size_bytes: int
+
+
+class Stranger(Struct, frozen=True, kw_only=True):
+    """A process on a GPU that is none of our engines."""
+
+    pid: int
+    name: str = ""
+    user: str = ""
+    used_bytes: int = 0
+    """0 where the driver does not say."""
 
 
 class GpuSlot(Struct, frozen=True, kw_only=True):
-    """A GPU that nimhost may use; `holder` says who has it."""
+    """A GPU that nimhost may use, and who uses it. Memory is 0 where it is not measured."""
 
     uuid: str
     index: int
+    name: str = ""
+    total_bytes: int = 0
+    used_bytes: int = 0
+    problem: str | None = None
+    """Why it cannot be used at all."""
     holder: str | None = None
+    """Who has it for itself alone."""
+    shares: tuple[Share, ...] = ()
+    strangers: tuple[Stranger, ...] = ()
+    starting: str | None = None
+    """Whose engine is loading on it: until that is READY no other one may start there."""
+    links: Mapping[str, int] = {}
+    """uuid of another GPU -> how fast the way there is; larger is faster."""
+
+
+class Room(Struct, frozen=True, kw_only=True):
+    """Space on disk for what a deployment still has to fetch. None: not known."""
+
+    weights_path: str = ""
+    weights_free_bytes: int | None = None
+    weights_there_bytes: int = 0
+    """What of the weights is here already, verified or not."""
+    images_path: str = ""
+    images_free_bytes: int | None = None
+    same: bool = False
+    """Both are one file system."""
 
 
 class Located(Struct, frozen=True, kw_only=True):
@@ -62,6 +106,14 @@ class Observed(Struct, frozen=True, kw_only=True):
     gpus: tuple[GpuSlot, ...] = ()
     gpu_problem: str | None = None
     """Why there are no GPUs, or not all."""
+    driver: str | None = None
+    cuda: str | None = None
+    """The newest CUDA that the driver can run."""
+    gives_gpus: bool | None = None
+    """Whether Docker can hand GPUs to containers; None: not known, or nobody wants one."""
     images: Mapping[Ref, str | None] = {}
     """Id of the image that a deployment wants; None when it is not on this machine."""
     weights: Mapping[Ref, Located | None] = {}
+    requires: Mapping[Ref, str] = {}
+    """What the image says about the driver it needs (`NVIDIA_REQUIRE_CUDA`), once it is on this machine."""
+    rooms: Mapping[Ref, Room] = {}

@@ -1,7 +1,6 @@
 """What to do next: `plan(desired, observed, in_flight, now, limits)` -> verdicts and actions. Pure.
 
 For each deployment the first rule that matches wins:
-
  1. an action is in flight -> wait; a Prepare that nobody wants any more is cancelled
  2. deletion wanted -> remove its containers, then its rows
  3. stop wanted -> remove its containers, keep its rows
@@ -11,7 +10,7 @@ For each deployment the first rule that matches wins:
  7. exited, or left over from a start that never was -> count it, remove it; rule 6 decides about another attempt
  8. running, not healthy -> PENDING; too long -> stop it and count it
  9. a reference needed to start is missing -> ERROR with its name
-10. the machine can never run it -> ERROR with the reason
+10. the preflight says that it cannot run here -> ERROR with the sum and the fix
 11. image or weights absent -> Prepare
 12. GPUs short, or others waited longer -> PENDING, naming the holder
 13. -> Start
@@ -28,49 +27,18 @@ from datetime import UTC, datetime
 from msgspec import Struct
 from msgspec.structs import replace
 
+from nimhost.deployments.actions import Action, Cancel, Forget, Halt, Prepare, Remove, Start
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import GpuSlot, Instance, Observed
-from nimhost.deployments.retry import Limits, after_exit
-from nimhost.entities import Run, Status
+from nimhost.deployments.placement import choose, need_of, reserved, utilization, waiting, waits_for_memory
+from nimhost.deployments.preflight import blocked, more_memory
+from nimhost.deployments.retry import LOST_GPU, MESSAGE_LIMIT, Limits, after_exit, lost_gpu
+from nimhost.entities import Status
 from nimhost.refs import Ref
+from nimhost.runs import Run
 
-# --- what to do ----------------------------------------------------------------------------------------------------
-
-
-class Prepare(Struct, frozen=True, tag=True):
-    """Bring image and weights to this machine."""
-
-    image: bool
-    weights: bool
-    hash: str
-
-
-class Start(Struct, frozen=True, tag=True):
-    gpu_ids: tuple[str, ...]
-
-
-class Remove(Struct, frozen=True, tag=True):
-    """Stop and remove these containers; `at_once`: without waiting for them to finish what they do."""
-
-    containers: tuple[str, ...]
-    at_once: bool = False
-
-
-class Halt(Struct, frozen=True, tag=True):
-    """Stop a container but keep it for its logs."""
-
-    container: str
-
-
-class Cancel(Struct, frozen=True, tag=True):
-    """Give up the Prepare in flight."""
-
-
-class Forget(Struct, frozen=True, tag=True):
-    """Delete the rows of a deployment that has nothing on this machine any more."""
-
-
-Action = Prepare | Start | Remove | Halt | Cancel | Forget
+REMEASURE_S = 1.0
+"""How long until memory that somebody holds is measured again, while something waits for it."""
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -96,7 +64,6 @@ class _Situation(Struct, frozen=True, kw_only=True):
     run: Run
     current: tuple[Instance, ...]
     old: tuple[Instance, ...]
-    free: tuple[GpuSlot, ...]
     ahead: Ref | None
     in_flight: Action | None
 
@@ -125,8 +92,7 @@ def plan(
 ) -> tuple[Verdict, ...]:
     """One verdict per deployment. `in_flight`: entity id -> the action that is being carried out."""
     wanted = sorted(desired, key=_queue_key)
-    reserved = {uuid: d.ref for d in wanted for uuid in _reserved(in_flight.get(d.entity.id))}
-    free = [gpu for gpu in observed.gpus if gpu.holder is None and gpu.uuid not in reserved]
+    slots = _occupied(observed, wanted, in_flight)
     ahead: Ref | None = None
     verdicts = []
     for d in wanted:
@@ -134,20 +100,18 @@ def plan(
         verdict = decide(
             _Situation(
                 desired=d,
-                observed=_with_holders(observed, reserved),
+                observed=replace(observed, gpus=slots),
                 limits=limits,
                 now=now,
                 run=d.status.run if d.status.run.spec_hash == d.hash else Run(spec_hash=d.hash),
                 current=tuple(i for i in mine if i.hash == d.hash),
                 old=tuple(i for i in mine if i.hash != d.hash),
-                free=tuple(free),
                 ahead=ahead,
                 in_flight=in_flight.get(d.entity.id),
             )
         )
         if isinstance(verdict.action, Start):
-            reserved |= dict.fromkeys(verdict.action.gpu_ids, d.ref)
-            free = [gpu for gpu in free if gpu.uuid not in verdict.action.gpu_ids]
+            slots = _taken(slots, verdict.action, d)
         elif verdict.run.waiting_since and ahead is None:
             ahead = d.ref
         verdicts.append(verdict)
@@ -212,8 +176,9 @@ def _replaced(s: _Situation) -> Verdict | None:  # 4
         return None
     serving = _routable(s, s.old)
     failure = s.run.failure
-    if serving and (s.desired.problem or (failure and (failure.final or s.run.retry_at > s.now))):
-        why = s.desired.problem or (failure and failure.message)
+    problem = s.desired.problem or blocked(s.desired, s.observed)
+    if serving and (problem or (failure and (failure.final or s.run.retry_at > s.now))):
+        why = problem or (failure and failure.message)
         return s.verdict("READY", f"Serving the previous version. {why}", instance=serving, wake_at=s.run.retry_at)
     if serving and (preparing := _prepare(s)):
         return replace(preparing, status="READY", instance=serving)
@@ -226,7 +191,7 @@ def _healthy(s: _Situation) -> Verdict | None:  # 5
         return None
     run = s.run
     if run.ready_container != instance.id:
-        run = replace(run, ready_container=instance.id, ready_at=s.now, failure=None, retry_at=0.0)
+        run = replace(run, ready_container=instance.id, ready_at=s.now, failure=None, retry_at=0.0, waiting_since=0.0)
     started = datetime.fromtimestamp(instance.started_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     message = f"Container is running and ready for inference (ID: {instance.id[:12]}, started: {started})"
     return s.verdict("READY", message, run=run, instance=instance)
@@ -263,6 +228,7 @@ def _exited(s: _Situation) -> Verdict | None:  # 7
         log_tail=crashed.log_tail,
         now=s.now,
         limits=s.limits,
+        more_memory=more_memory(s.desired, s.observed),
     )
     return _backing_off(_with_run(s, run))
 
@@ -293,14 +259,20 @@ def _unhealthy(s: _Situation) -> Verdict | None:  # 8
 
 
 def _broken(s: _Situation, instance: Instance) -> Verdict:
-    """It was READY and stopped answering: out of the routes at once, replaced when that lasts."""
-    lasted = instance.health.since + s.limits.unhealthy_restart_s
+    """It was READY and stopped answering: out of the routes at once, replaced when that lasts or its GPU is gone."""
     message = f"The engine stopped answering its health probe: {instance.health.detail}."
+    lasted = instance.health.since + s.limits.unhealthy_restart_s
+    if lost_gpu(instance.log_tail):
+        message, lasted = f"{message} {LOST_GPU}", s.now
+    absent = [uuid for uuid in instance.gpu_ids if all(gpu.uuid != uuid for gpu in s.observed.gpus)]
+    if absent and not s.observed.gpu_problem:
+        message = f"{message} {', '.join(absent)} is no longer on this machine."
     if s.now < lasted:
         return s.verdict("PENDING", message, wake_at=lasted)
     run = after_exit(
         s.run, container=instance.id, exit_code=None, oom_killed=False, log_tail="", now=s.now, limits=s.limits
     )
+    run = replace(run, failure=run.failure and replace(run.failure, message=message))
     return s.verdict("PENDING", f"{message} Restarting it.", Remove((instance.id,)), run)
 
 
@@ -308,13 +280,9 @@ def _missing(s: _Situation) -> Verdict | None:  # 9
     return s.verdict("ERROR", s.desired.problem) if s.desired.problem else None
 
 
-def _impossible(s: _Situation) -> Verdict | None:  # 10
-    wanted, there = s.desired.gpus, len(s.observed.gpus)
-    if wanted <= there:
-        return None
-    short = f"there are {there}" if there else "there are none"
-    why = f" ({s.observed.gpu_problem})" if s.observed.gpu_problem else ""
-    return s.verdict("ERROR", f"Not enough GPUs on this system: {s.desired.ref} needs {wanted}, {short}{why}.")
+def _blocked(s: _Situation) -> Verdict | None:  # 10
+    why = blocked(s.desired, s.observed)
+    return s.verdict("ERROR", why[:MESSAGE_LIMIT]) if why else None
 
 
 def _prepare(s: _Situation) -> Verdict | None:  # 11
@@ -328,28 +296,27 @@ def _prepare(s: _Situation) -> Verdict | None:  # 11
 
 
 def _gpus_short(s: _Situation) -> Verdict | None:  # 12
-    need = s.desired.gpus
-    if need == 0:
-        return None
-    if len(s.free) >= need and s.ahead is None:
+    slots, need = s.observed.gpus, need_of(s.desired, s.observed.gpus)
+    if need.gpus == 0 or (s.ahead is None and choose(slots, need)):
         return None
     run = s.run if s.run.waiting_since else replace(s.run, waiting_since=s.now)
-    held = ", ".join(f"GPU {gpu.index} is held by {gpu.holder}" for gpu in s.observed.gpus if gpu.holder)
-    short = f"Waiting for GPUs: needs {need}, {len(s.free)} free"
-    queue = f" {s.ahead} waits ahead of it." if s.ahead else ""
-    return s.verdict("PENDING", f"{short}: {held}.{queue}" if held else f"{short}.{queue}", run=run)
+    wake_at = s.now + REMEASURE_S if waits_for_memory(slots, need) else None
+    message = waiting(slots, need, str(s.ahead) if s.ahead else None)
+    return s.verdict("PENDING", message[:MESSAGE_LIMIT], run=run, wake_at=wake_at)
 
 
 def _start(s: _Situation) -> Verdict:  # 13
-    gpu_ids = tuple(gpu.uuid for gpu in s.free[: s.desired.gpus])
+    need = need_of(s.desired, s.observed.gpus)
+    chosen = choose(s.observed.gpus, need) or ()
+    gpu_ids = tuple(gpu.uuid for gpu in chosen)
     message = f"Starting a container with image {s.desired.image}{_on(gpu_ids)}."
     run = replace(s.run, waiting_since=0.0)
-    return s.verdict("PENDING", message, Start(gpu_ids), run)
+    return s.verdict("PENDING", message, Start(gpu_ids, utilization(chosen, need, s.desired.ask)), run)
 
 
 _RULES = (
     _in_flight, _deleting, _docker_away, _stopped, _replaced, _healthy, _backing_off, _exited, _unhealthy, _missing,
-    _impossible, _prepare, _gpus_short, _start,
+    _blocked, _prepare, _gpus_short, _start,
 )  # fmt: skip
 
 
@@ -361,13 +328,25 @@ def _queue_key(d: Desired) -> tuple[float, str, str]:
     return (waiting, d.entity.created_at, d.entity.id)
 
 
-def _reserved(action: Action | None) -> tuple[str, ...]:
-    return action.gpu_ids if isinstance(action, Start) else ()
+def _occupied(observed: Observed, wanted: Iterable[Desired], in_flight: Mapping[str, Action]) -> tuple[GpuSlot, ...]:
+    """The GPUs as they will be once everything is done that was decided, and where engines are loading."""
+    slots = observed.gpus
+    for d in wanted:
+        loading = [i for i in observed.instances if i.ref == d.ref and _is_loading(d, i)]
+        uuids = {uuid for i in loading for uuid in i.gpu_ids}
+        slots = tuple(replace(g, starting=str(d.ref)) if g.uuid in uuids else g for g in slots)
+        action = in_flight.get(d.entity.id)
+        if isinstance(action, Start):
+            slots = _taken(slots, action, d)
+    return slots
 
 
-def _with_holders(observed: Observed, reserved: Mapping[str, Ref]) -> Observed:
-    gpus = (replace(g, holder=g.holder or str(reserved[g.uuid])) if g.uuid in reserved else g for g in observed.gpus)
-    return replace(observed, gpus=tuple(gpus))
+def _taken(slots: tuple[GpuSlot, ...], start: Start, d: Desired) -> tuple[GpuSlot, ...]:
+    return tuple(reserved(slot, d) if slot.uuid in start.gpu_ids else slot for slot in slots)
+
+
+def _is_loading(d: Desired, i: Instance) -> bool:
+    return i.state == "running" and i.id != d.status.run.ready_container and i.health.state != "ok"
 
 
 def _with_run(s: _Situation, run: Run) -> _Situation:

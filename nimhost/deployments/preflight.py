@@ -1,24 +1,140 @@
-"""What this machine can never run, said before anything is stored. Pure."""
+"""What this machine cannot run, found before a byte is fetched: each with the sum and the change that helps. Pure.
+
+A reading that failed blocks nothing here: who needs it meets the failure itself.
+"""
 
 from __future__ import annotations
 
-from nimhost.deployments.desired import Desired
+from collections.abc import Sequence
+
+from nimhost.deployments.desired import Desired, HubWeights
+from nimhost.deployments.driver import NEWER_DRIVER, too_old
+from nimhost.deployments.fit import fit_on, gib, refusal
+from nimhost.deployments.observed import GpuSlot, Observed, Room
+from nimhost.engines.order import Order, repository_name
 from nimhost.errors import BadRequest
+from nimhost.models.memory import BLOCK
+
+IMAGE_BYTES = {"vllm-openai": 29_000_000_000}
+"""What images take on disk, about: a registry does not say before a pull (vLLM pull request 22377: 28.6 GB)."""
+NO_RUNTIME = (
+    "Docker cannot give GPUs to containers on this machine.\n"
+    "Install the NVIDIA container toolkit, then run: "
+    "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
+)
+ENCODER_DECODERS = (
+    "BartForConditionalGeneration", "MBartForConditionalGeneration", "MT5ForConditionalGeneration",
+    "MarianMTModel", "PegasusForConditionalGeneration", "T5ForConditionalGeneration", "UMT5ForConditionalGeneration",
+)  # fmt: skip
+"""Text models with an encoder and a decoder: vLLM serves none since its version 0.11
+(https://docs.vllm.ai/en/stable/usage/v1_guide/). Any other architecture may be new: the engine will say."""
 
 
-def check_wish(d: Desired, gpu_count: int, weights_problem: str | None) -> None:
-    """Refuse a deployment that cannot work here.
+def check_wish(d: Desired, slots: Sequence[GpuSlot], weights_problem: str | None, force: bool) -> None:
+    """Refuse a deployment that can never work here, before it is stored.
 
-    `gpu_count`: GPUs of this machine that nimhost may use; `weights_problem`: what is wrong with a directory of
-    weights. Raises BadRequest, naming the field.
+    `weights_problem`: what is wrong with a directory of weights. `force`: whether it fits is the person's business.
+    Raises BadRequest, naming the field.
     """
     if d.problem is not None:
         raise BadRequest(d.problem)
-    if d.gpus > gpu_count:
-        there = f"{gpu_count} GPU{'' if gpu_count == 1 else 's'}" if gpu_count else "no GPU"
+    if d.gpus > len(slots):
+        there = f"{len(slots)} GPU{'' if len(slots) == 1 else 's'}" if slots else "no GPU"
         raise BadRequest(
             f"executor_config.gpu: config '{d.entity.wish.config}' asks for {d.gpus}, this machine has {there}.",
-            "See what is there with: nimhost gpus" if gpu_count else "Deploy without one: --gpu 0",
+            "See what is there with: nimhost gpus" if slots else "Deploy without one: --gpu 0",
         )
     if weights_problem is not None:
         raise BadRequest(f"No weights to serve. {weights_problem}")
+    if not force and (found := never(d, [slot.total_bytes for slot in slots])):
+        raise BadRequest(*found)
+
+
+def never(d: Desired, totals_bytes: Sequence[int]) -> tuple[str, str] | None:
+    """(why the model cannot run on these GPUs, were they empty, what would help)."""
+    if d.order is None:
+        return None
+    return _unsupported(d.order) or refusal(d.order, d.ask, totals_bytes)
+
+
+def more_memory(d: Desired, observed: Observed) -> str:
+    """What would give its engine more GPU memory, for one that ran out of it; empty where nothing is known."""
+    totals = [slot.total_bytes for slot in observed.gpus]
+    if found := never(d, totals):
+        return found[1]
+    known = fit_on(d.order, d.ask, totals) if d.order else None
+    if known is None or d.order is None or d.order.engine != "vllm":
+        return ""
+    shorter = known.model_len // 2 // BLOCK * BLOCK
+    return f"Give it more GPUs (--gpu N), or less context: --arg --max-model-len --arg {shorter}" if shorter else ""
+
+
+def _unsupported(order: Order) -> tuple[str, str] | None:
+    spec = order.model.spec if order.model else None
+    if order.engine != "vllm" or spec is None or spec.checkpoint_model_name not in ENCODER_DECODERS:
+        return None
+    what = f"vLLM does not serve {spec.checkpoint_model_name}: models with an encoder and a decoder are not supported."
+    return what, "Use an engine that does: --engine generic --image NAME:TAG --health-path PATH. To try anyway: --force"
+
+
+def blocked(d: Desired, observed: Observed) -> str | None:
+    """Rule 10 of the plan: why a deployment cannot start on this machine as it is now, with the change that helps.
+
+    1 more GPUs than there are · 2 Docker cannot hand out GPUs · 3 driver too old for the image · 4 the model does not
+    fit, or its architecture is not supported · 5 no room on disk for what is to be fetched. A person can overrule 3-5.
+    """
+    wanted, there = d.gpus, len(observed.gpus)
+    if wanted > there:
+        short = f"there are {there}" if there else "there are none"
+        why = f" ({observed.gpu_problem})" if observed.gpu_problem else ""
+        return f"Not enough GPUs on this system: {d.ref} needs {wanted}, {short}{why}."
+    if wanted and observed.gives_gpus is False:
+        return NO_RUNTIME
+    if d.entity.wish.force:
+        return None
+    return _old_driver(d, observed) or _no_fit(d, observed) or _no_room(d, observed)
+
+
+def _old_driver(d: Desired, observed: Observed) -> str | None:
+    required = observed.requires.get(d.ref, "") if d.gpus else ""
+    missing = too_old(required, observed.driver, observed.cuda)
+    return f"Image {d.image} {missing}.\n{NEWER_DRIVER}" if missing else None
+
+
+def _no_fit(d: Desired, observed: Observed) -> str | None:
+    found = never(d, [slot.total_bytes for slot in observed.gpus])
+    return "\n".join(found) if found else None
+
+
+def _no_room(d: Desired, observed: Observed) -> str | None:
+    room = observed.rooms.get(d.ref)
+    if room is None:
+        return None
+    weights = weights_needed(d, room) if observed.weights.get(d.ref) is None else 0
+    image = image_needed(d) if observed.images.get(d.ref) is None else 0
+    demands = [
+        ("weights", weights, room.weights_free_bytes, room.weights_path),
+        (f"image {d.image}", image, room.images_free_bytes, room.images_path),
+    ]
+    if room.same and weights and image:
+        demands = [("weights and the image", weights + image, room.weights_free_bytes, room.weights_path)]
+    for what, needed, free, path in demands:
+        if free is not None and needed > free:
+            return f"No room for the {what}: about {gib(needed)} GiB at {path}, {gib(free)} are free.\n{_MAKE_ROOM}"
+    return None
+
+
+_MAKE_ROOM = "Make room (nimhost weights prune, docker image prune), or set [weights] cache_dir to another disk."
+
+
+def weights_needed(d: Desired, room: Room) -> int:
+    """Bytes still to be fetched from the hub; 0 where that is not known."""
+    spec = d.order.model.spec if d.order and d.order.model else None
+    if not isinstance(d.weights, HubWeights) or spec is None or spec.memory is None:
+        return 0
+    return max(0, spec.memory.disk_bytes - room.weights_there_bytes)
+
+
+def image_needed(d: Desired) -> int:
+    """Bytes that the image will take, about; 0 where that is not known."""
+    return IMAGE_BYTES.get(repository_name(d.image), 0)

@@ -6,7 +6,8 @@ from msgspec.structs import replace
 
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import Instance
-from nimhost.entities import DeploymentStatus, Entity, Model, ProviderStatus, ServedModel
+from nimhost.entities import ApiEndpoint, DeploymentStatus, Entity, Model, ProviderStatus, ServedModel
+from nimhost.errors import Conflict
 from nimhost.refs import Ref, is_name, slug
 from nimhost.store import Store, Transaction
 
@@ -36,33 +37,39 @@ def entity_for(name: str, workspace: str) -> str | None:
     return str(Ref(workspace, entity)) if is_name(entity) else None
 
 
-async def publish_engine(store: Store, d: Desired, instance: Instance) -> None:
-    """The provider row of a deployment that is READY, and the model entities for what it serves."""
+async def publish(store: Store, d: Desired, status: DeploymentStatus, instance: Instance | None) -> bool:
+    """The status of a deployment and that of its provider, together: who reads READY finds what is served.
+
+    False, and nothing written, when the wish moved on since `d` was read.
+    """
+    shown = await store.find("providers", *d.ref)
+    if status == d.status and (shown is None or shown.status == provider_status(d, status, instance, shown.status)):
+        return True  # as nearly always: nothing to write
+    try:
+        async with store.transaction() as tx:
+            if status != d.status:
+                await tx.set_status(d.entity, status)
+            provider = await tx.find("providers", *d.ref)
+            if provider is not None and provider.wish.model_deployment_id == str(d.ref):
+                await write_provider(tx, provider, provider_status(d, status, instance, provider.status))
+    except Conflict:
+        return False
+    return True
+
+
+def provider_status(
+    d: Desired, status: DeploymentStatus, instance: Instance | None, before: ProviderStatus
+) -> ProviderStatus:
+    """Of a deployment's provider. While it does not answer, what it served is still its own."""
+    if instance is None or status.status != "READY":
+        return replace(before, status=status.status, status_message=status.status_message)
     served = served_models(d, instance.health.models)
-    status = ProviderStatus(
+    return ProviderStatus(
         status="READY",
         status_message="" if served else NO_MODELS,
         served_models=served,
         host_url=f"http://127.0.0.1:{instance.port}",
     )
-    shown = await store.find("providers", *d.ref)
-    if shown is not None and shown.status == status:
-        return  # as nearly always: nothing to write
-    async with store.transaction() as tx:
-        provider = await tx.find("providers", *d.ref)
-        if provider is None or provider.wish.model_deployment_id != str(d.ref):
-            return  # deleted, or somebody else's by now
-        await write_provider(tx, provider, status)
-
-
-async def publish_absence(store: Store, d: Desired, status: DeploymentStatus) -> None:
-    """The provider row of a deployment that does not answer now. What it served is still its own."""
-    async with store.transaction() as tx:
-        provider = await tx.find("providers", *d.ref)
-        if provider is not None and provider.wish.model_deployment_id == str(d.ref):
-            gone = replace(provider.status, status=status.status, status_message=status.status_message)
-            if gone != provider.status:
-                await tx.set_status(provider, gone)
 
 
 async def write_provider(tx: Transaction, provider: Entity, status: ProviderStatus) -> None:
@@ -71,7 +78,8 @@ async def write_provider(tx: Transaction, provider: Entity, status: ProviderStat
         return
     await tx.set_status(provider, status)
     for model in status.served_models:
-        await _ensure_model(tx, provider, model)
+        if model not in provider.status.served_models:
+            await _ensure_model(tx, provider, model)
 
 
 async def _ensure_model(tx: Transaction, provider: Entity, model: ServedModel) -> None:
@@ -79,10 +87,12 @@ async def _ensure_model(tx: Transaction, provider: Entity, model: ServedModel) -
     entity = await tx.find("models", workspace, name)
     if entity is None:
         anthropic = model.served_model_name.startswith(("claude-", "anthropic.", "anthropic/"))
+        external = provider.wish.model_deployment_id is None
         wish = Model(
             description=f"Auto-discovered model from provider {provider.ref}",
             model_providers=[provider.ref],
             backend_format="ANTHROPIC_MESSAGES" if anthropic else "OPENAI_CHAT",
+            api_endpoint=ApiEndpoint(url=provider.wish.host_url, model_id=name, format="openai") if external else None,
         )
         await tx.insert("models", workspace, name, wish)
     elif provider.ref not in entity.wish.model_providers:
@@ -96,8 +106,13 @@ async def forget(store: Store, d: Desired) -> None:
         provider = await tx.find("providers", *d.ref)
         if provider is not None and provider.wish.model_deployment_id == str(d.ref):
             await tx.delete(provider)
-            for model in await tx.all("models"):
-                if provider.ref in model.wish.model_providers:
-                    left = [ref for ref in model.wish.model_providers if ref != provider.ref]
-                    await tx.update_wish(model, replace(model.wish, model_providers=left))
+            await unlink_provider(tx, provider)
         await tx.delete(d.entity)
+
+
+async def unlink_provider(tx: Transaction, provider: Entity) -> None:
+    """Takes the name of a provider that is gone off the models that it served."""
+    for model in await tx.all("models"):
+        if provider.ref in model.wish.model_providers:
+            left = [ref for ref in model.wish.model_providers if ref != provider.ref]
+            await tx.update_wish(model, replace(model.wish, model_providers=left))

@@ -14,22 +14,24 @@ from collections.abc import Awaitable, Callable
 
 from msgspec.structs import replace
 
+from nimhost.deployments.actions import Action, Cancel, Forget, Halt, Prepare, Remove, Start
 from nimhost.deployments.desired import Desired, join
 from nimhost.deployments.execute import Executor
 from nimhost.deployments.observe import Observer
 from nimhost.deployments.observed import Observed
-from nimhost.deployments.plan import Action, Cancel, Forget, Halt, Prepare, Remove, Start, Verdict, orphans, plan
-from nimhost.deployments.publish import forget, publish_absence, publish_engine
+from nimhost.deployments.plan import Verdict, orphans, plan
+from nimhost.deployments.publish import forget, publish
 from nimhost.deployments.retry import Limits, after_error
 from nimhost.engines.order import HostFacts
-from nimhost.entities import DeploymentConfig, DeploymentStatus, Entity, HistoryEntry, Run
+from nimhost.entities import DeploymentConfig, DeploymentStatus, Entity
 from nimhost.errors import DockerUnavailable, NimhostError
 from nimhost.host.containers import Containers
+from nimhost.refs import Ref
+from nimhost.runs import Run
 from nimhost.store import Store, now
 
 log = logging.getLogger(__name__)
 
-HISTORY_LENGTH = 100
 RESYNC_S = 60.0
 """A tick at least this often, in case an event was lost."""
 AFTER_ERROR_S = 5.0
@@ -112,12 +114,11 @@ class Reconciler:
         return max(0.05, min([RESYNC_S, *(at - now_s for at in times if at > now_s)]))
 
     async def _read_desired(self) -> tuple[Desired, ...]:
-        rows: dict[str, dict[tuple[str, str], Entity]] = {}
-        for kind in ("deployments", "deployment-configs", "models", "filesets"):
-            rows[kind] = {(e.workspace, e.name): e for e in await self._store.all(kind)}
+        kinds = ("deployments", "deployment-configs", "models", "filesets")
+        rows = {kind: await self._store.by_ref(kind) for kind in kinds}
 
         def find(kind: str, workspace: str, name: str) -> Entity | None:
-            return rows[kind].get((workspace, name))
+            return rows[kind].get(Ref(workspace, name))
 
         return tuple(
             [
@@ -140,17 +141,13 @@ class Reconciler:
     async def _record(self, v: Verdict) -> bool:
         """Store what was found out; False when the wish moved on meanwhile, so that the verdict is void."""
         before: DeploymentStatus = v.desired.status
-        after = with_status(replace(before, run=v.run), v.status, v.message)
+        after = replace(before, run=v.run).moved(v.status, v.message, now())
         if v.status == "READY" and after.model_provider_id is None:
             after = replace(after, model_provider_id=str(v.desired.ref))
-        if after != before and not await self._store.set_status(v.desired.entity, after):
+        recorded = await publish(self._store, v.desired, after, v.instance)
+        if not recorded:
             self.wake()
-            return False
-        if v.instance is not None and v.status == "READY":
-            await publish_engine(self._store, v.desired, v.instance)
-        elif after.status != before.status:
-            await publish_absence(self._store, v.desired, after)
-        return True
+        return recorded
 
     def _launch(self, v: Verdict, now_s: float) -> None:
         key = v.desired.entity.id
@@ -188,7 +185,7 @@ class Reconciler:
                 if action.image:
                     await self._resolve_anew(d)
             case Start():
-                run = replace(await self._executor.resolve(d), started_at=time.time())
+                run = replace(await self._executor.resolve(d), started_at=time.time(), waiting_since=0.0)
                 started = await self._begin_start(d, run)
                 if started is not None:
                     await self._executor.start(action, d, run, self._store.owner, started)
@@ -282,12 +279,3 @@ class Reconciler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def with_status(status: DeploymentStatus, name: str, message: str) -> DeploymentStatus:
-    """The status with another state; its history always ends with the current one."""
-    if (status.status, status.status_message) == (name, message):
-        return status
-    entry = HistoryEntry(timestamp=now(), status=name, status_message=message)  # type: ignore[arg-type]
-    history = [*status.status_history, entry][-HISTORY_LENGTH:]
-    return replace(status, status=name, status_message=message, status_history=history)

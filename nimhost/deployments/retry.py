@@ -7,8 +7,9 @@ import re
 from msgspec import Struct
 from msgspec.structs import replace
 
-from nimhost.entities import Failure, Run
+from nimhost.deployments.oom import shortage
 from nimhost.errors import DiskFull, NimhostError
+from nimhost.runs import Failure, Run
 
 MESSAGE_LIMIT = 1000
 """Clients of the reference accept no longer status message."""
@@ -39,23 +40,32 @@ def after_error(run: Run, error: NimhostError, now: float, limits: Limits) -> Ru
 
 
 def after_exit(
-    run: Run, *, container: str, exit_code: int | None, oom_killed: bool, log_tail: str, now: float, limits: Limits
+    run: Run,
+    *,
+    container: str,
+    exit_code: int | None,
+    oom_killed: bool,
+    log_tail: str,
+    now: float,
+    limits: Limits,
+    more_memory: str = "",
 ) -> Run:
     """A container went away unasked: any exit is a crash, code 0 too.
 
-    Final when the limit is reached, or when the same arguments are known to fail again.
+    Final when the limit is reached, or when the same arguments are known to fail again. `more_memory`: what would
+    give it more GPU memory, for a log that tells only that there was too little.
     """
     was_ready = run.ready_container == container
     steady = was_ready and now - run.ready_at > STEADY_S
     attempts = 1 if steady else run.attempts + 1
     limit = limits.restart_limit if was_ready else limits.start_limit
-    cause = _known_cause(exit_code, oom_killed, log_tail, was_ready)
+    cause, final = _known_cause(exit_code, oom_killed, log_tail, was_ready, more_memory)
     what = f"Container exited with code {exit_code}." if exit_code is not None else "Container is gone."
     message = f"{what} {cause}" if cause else what
     if lines := salient(log_tail):
         message = f"{message}\n\nLast log lines:\n{lines}"
     run = replace(run, exited_container=container)
-    return _failed(run, message, cause is not None or attempts >= limit, attempts, now, limits)
+    return _failed(run, message, final or attempts >= limit, attempts, now, limits)
 
 
 def _failed(
@@ -71,15 +81,31 @@ def _failed(
     )
 
 
-def _known_cause(exit_code: int | None, oom_killed: bool, log_tail: str, was_ready: bool) -> str | None:
-    """A sentence for exits that the same arguments would only repeat."""
+def _known_cause(
+    exit_code: int | None, oom_killed: bool, log_tail: str, was_ready: bool, more_memory: str
+) -> tuple[str | None, bool]:
+    """(a sentence for an exit that is understood, whether the same arguments would only repeat it)."""
     if oom_killed:
-        return "The machine ran out of memory."
-    if re.search(r"CUDA out of memory|torch\.(cuda\.)?OutOfMemoryError|No available memory for the cache", log_tail):
-        return "The GPU memory did not suffice. Give it more GPUs, or a smaller --max-model-len."
+        return "The machine ran out of memory.", True
+    if found := shortage(log_tail, more_memory):
+        return found.message, found.final
+    if lost_gpu(log_tail):
+        return LOST_GPU, False
     if exit_code == 2 and not was_ready and "usage:" in log_tail:
-        return "The engine does not accept these arguments."
-    return None
+        return "The engine does not accept these arguments.", True
+    return None, False
+
+
+LOST_GPU = (
+    "The container lost its GPU, which happens when the host reloads its units (systemctl daemon-reload); "
+    "a new container has it again."
+)
+_LOST = re.compile(r"Failed to initialize NVML: Unknown Error|no CUDA-capable device is detected|CUDA error: unknown")
+
+
+def lost_gpu(log_tail: str) -> bool:
+    """Whether a container says that its GPU went away (https://github.com/NVIDIA/nvidia-docker/issues/1730)."""
+    return bool(_LOST.search(log_tail))
 
 
 _CAUSE = re.compile(r"error|exception|failed|fatal|not found|denied", re.IGNORECASE)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from nimhost.auth_header import render_auth_header
 from nimhost.deployments.plan import Verdict
 from nimhost.deployments.publish import served_models
-from nimhost.entities import Entity, Provider
+from nimhost.entities import BackendFormat, Entity, Provider
 from nimhost.errors import NimhostError
 from nimhost.gateway.routes import RouteTable, Upstream, build_table
-from nimhost.refs import Ref
+from nimhost.refs import DEFAULT_WORKSPACE, NGC_KEY, Ref
 
 
 class Key(Struct, frozen=True):
@@ -25,26 +26,32 @@ class Key(Struct, frozen=True):
         return "Key(…)"
 
 
-def provider_key(provider: Provider, secret: str | None) -> Key:
+def provider_key(provider: Entity, secret: str | None) -> Key:
     """`secret`: the value of `api_key_secret_name`, None when that secret does not exist."""
-    if provider.api_key_secret_name is None:
+    wish: Provider = provider.wish
+    if wish.api_key_secret_name is None:
         return Key()
     if secret is None:
-        name = provider.api_key_secret_name
-        return Key(problem=f"Secret '{name}' does not exist; make it with: nimhost secrets create {name} --from-file -")
+        name = wish.api_key_secret_name
+        where = "" if provider.workspace == DEFAULT_WORKSPACE else f" --workspace {provider.workspace}"
+        other = ", or start nimhost with NGC_API_KEY set" if (provider.workspace, name) == NGC_KEY else ""
+        make = f"nimhost secrets create {name} --from-file -{where}{other}"
+        return Key(problem=f"Secret '{name}' does not exist; make it with: {make}")
     try:
-        return Key(headers=(render_auth_header(provider.auth_header_format, secret),))
+        return Key(headers=(render_auth_header(wish.auth_header_format, secret),))
     except NimhostError as error:
         return Key(problem=f"{error.message} {error.hint or ''}".strip())
 
 
 def route_table(
     providers: Iterable[Entity],
-    models: Iterable[Entity],
+    models: Mapping[Ref, Entity],
     workspaces: Iterable[Entity],
     verdicts: Iterable[Verdict],
     keys: Mapping[Ref, Key],
+    virtual_models: Iterable[Entity] = (),
 ) -> RouteTable:
+    """`virtual_models`: the stored ones; every model is reached by its own name without any."""
     by_ref = {v.desired.ref: v for v in verdicts}
     upstreams = []
     for provider in sorted(providers, key=lambda p: p.wish.model_deployment_id is None):  # what runs here comes first
@@ -53,12 +60,35 @@ def route_table(
             upstreams.append(_external(provider, keys.get(ref, Key())))
         elif (verdict := by_ref.get(ref)) is not None:
             upstreams.append(_engine(provider, verdict))
-    return build_table(
+    table = build_table(
         upstreams,
-        models=[Ref(m.workspace, m.name) for m in models],
+        models=models,
         waiting=_waiting(by_ref.values()),
         workspaces=[w.name for w in workspaces],
+        formats=_formats(upstreams, models),
     )
+    wishes = {Ref(v.workspace, v.name): v.wish.default_model_entity for v in virtual_models}
+    aliases = {ref: Ref(*model.split("/", 1)) for ref, model in wishes.items() if model and model != str(ref)}
+    return with_aliases(table, aliases) if aliases else table
+
+
+def _formats(upstreams: Iterable[Upstream], models: Mapping[Ref, Entity]) -> dict[Ref, BackendFormat]:
+    """The formats of what is served, where the model's row names one."""
+    served = {Ref(*model.model_entity_id.split("/", 1)) for upstream in upstreams for model in upstream.served}
+    found = {ref: models[ref].wish.backend_format for ref in served if ref in models}
+    return {ref: format_ for ref, format_ in found.items() if format_ is not None}
+
+
+def with_aliases(table: RouteTable, aliases: Mapping[Ref, Ref]) -> RouteTable:
+    """The table in which each alias leads to where its model leads, or waits for what its model waits for."""
+    models = {ref: targets for ref, targets in table.models.items() if ref not in aliases}
+    waiting = {ref: message for ref, message in table.waiting.items() if ref not in aliases}
+    for alias, model in aliases.items():
+        if targets := table.models.get(model):
+            models[alias] = tuple(target._replace(ref=alias) for target in targets)
+        elif model in table.waiting:
+            waiting[alias] = table.waiting[model]
+    return replace(table, models=models, waiting=waiting, known=table.known | aliases.keys())
 
 
 def _external(provider: Entity, key: Key) -> Upstream:
@@ -74,6 +104,7 @@ def _external(provider: Entity, key: Key) -> Upstream:
         required_body=wish.required_extra_body or {},
         ready=key.problem is None,
         message=key.problem or "",
+        proven=provider.status.status == "READY",
         served=tuple(provider.status.served_models),
     )
 

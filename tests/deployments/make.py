@@ -6,13 +6,15 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from nimhost.deployments.actions import Action
 from nimhost.deployments.desired import Desired, LocalWeights
 from nimhost.deployments.observed import GpuSlot, Health, Instance, Located, Observed
-from nimhost.deployments.plan import Action, Verdict, plan
+from nimhost.deployments.plan import Verdict, plan
 from nimhost.deployments.retry import Limits
 from nimhost.engines.order import Order
-from nimhost.entities import Deployment, DeploymentStatus, DeployModelSpec, Entity, ExecutorConfig, Run
+from nimhost.entities import Deployment, DeploymentStatus, DeployModelSpec, Entity, ExecutorConfig
 from nimhost.refs import Ref
+from nimhost.runs import Run
 
 NOW = 1_000_000.0
 LIMITS = Limits(

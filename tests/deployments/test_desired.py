@@ -19,6 +19,7 @@ from nimhost.entities import (
     Model,
     Run,
 )
+from nimhost.kinds import KINDS
 from nimhost.refs import Ref
 from tests.engines.make import HOST, spec
 
@@ -34,7 +35,7 @@ def row(kind: str, name: str, wish: Any, **fields: Any) -> Entity:
         created_at="",
         updated_at="",
         wish=wish,
-        **fields,
+        **({"status": KINDS[kind].status()} | fields),
     )
 
 

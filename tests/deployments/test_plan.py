@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from nimhost.deployments.plan import Cancel, Forget, Halt, Prepare, Remove, Start, orphans, plan
-from nimhost.entities import Failure, Run
+from nimhost.deployments.actions import Cancel, Forget, Halt, Prepare, Remove, Start
+from nimhost.deployments.plan import orphans, plan
 from nimhost.refs import Ref
+from nimhost.runs import Failure, Run
 from tests.deployments.make import HASH, LIMITS, NOW, again, decide, gpus, instance, machine, wanted
 
 REF = Ref("default", "d")

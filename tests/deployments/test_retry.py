@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from nimhost.deployments.retry import BACKOFF_MAX_S, MESSAGE_LIMIT, after_error, after_exit, salient
-from nimhost.entities import Run
 from nimhost.errors import DiskFull, HubUnavailable, ImageNotFound, NimhostError, RegistryDenied, WeightsGated
+from nimhost.runs import Run
 from tests.deployments.make import LIMITS, NOW
 
 
