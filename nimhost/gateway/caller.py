@@ -9,11 +9,12 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from weakref import WeakSet
 
-from nimhost.errors import NimhostError
+from nimhost.errors import BodyTooLarge, NimhostError
 from nimhost.gateway.exchange import ClientLeft, Exchange, Receive
 from nimhost.gateway.headers import REQUEST_ID, RawHeaders, find
-from nimhost.gateway.replies import BodyTooLarge, error_event, error_reply
+from nimhost.gateway.replies import error_event, error_reply
 
 __all__ = ["Caller", "ClientLeft", "Receive", "Scope", "Send", "Upload"]
 
@@ -23,19 +24,31 @@ Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_id_prefix, _id_numbers = secrets.token_hex(6), itertools.count(1)
+_id_prefix, _id_numbers = secrets.token_hex(6).encode(), itertools.count(1)
+_broken_off: WeakSet[Any] = WeakSet()
+"""Tasks whose reply had to be left without its end."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A reply that we broke off, and said so, is no error of the application, as the server takes it to be."""
+    ours = record.msg == "ASGI callable returned without completing response."
+    return not (ours and asyncio.current_task() in _broken_off)
+
+
+logging.getLogger("uvicorn.error").addFilter(_is_news)
 
 
 class Caller:
-    __slots__ = ("_body_limit_bytes", "_last_piece", "_reply_headers", "_send", "headers", "method", "query",
+    __slots__ = ("_body_limit_bytes", "_last_piece", "_reply_headers", "_send", "fields", "headers", "method", "query",
                  "receive", "request_id", "scope")  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, body_limit_bytes: int) -> None:
         self.scope, self.receive, self._send = scope, receive, send
         self.method: str = scope["method"]
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.fields = dict(self.headers)
         self.query: bytes = scope["query_string"]
-        self.request_id = _request_id(self.headers)
+        self.request_id: bytes = _request_id(self.fields.get(REQUEST_ID))
         self._body_limit_bytes = body_limit_bytes
         self._reply_headers: RawHeaders | None = None
         self._last_piece = b""
@@ -57,8 +70,8 @@ class Caller:
 
     async def read_piece(self, read_before_bytes: int = 0) -> tuple[bytes, bool]:
         """The next piece of the body, and whether more follows. Raises BodyTooLarge, ClientLeft."""
-        announced = find(self.headers, b"content-length") or b"0"
-        if not read_before_bytes and len(announced) > 7 and int(announced) > self._body_limit_bytes:
+        announced = self.fields.get(b"content-length", b"")
+        if len(announced) > 6 and not read_before_bytes and int(announced) > self._body_limit_bytes:
             raise self._too_large()
         message = await self.receive()
         if message["type"] == "http.disconnect":
@@ -73,9 +86,13 @@ class Caller:
 
     # --- the reply
 
+    @property
+    def begun(self) -> bool:
+        return self._reply_headers is not None
+
     async def answer(self, status: int, headers: RawHeaders, body: bytes) -> None:
         """A reply of our own."""
-        own = [(b"content-length", b"%d" % len(body)), (REQUEST_ID, self.request_id.encode())]
+        own = [(b"content-length", b"%d" % len(body)), (REQUEST_ID, self.request_id)]
         await self.start(status, headers + own)
         await self.send_piece(body, False)
 
@@ -94,13 +111,14 @@ class Caller:
         is not whole.
         """
         if self._reply_headers is None:
-            short = not self.scope["path"].startswith("/apis/")
-            await self.answer(*error_reply(error, short=short))
+            await self.answer(*error_reply(error, self.scope["path"]))
             return
-        logger.warning("request %s broke off: %s", self.request_id, error)
+        logger.warning("request %s broke off: %s", self.request_id.decode(), error)
+        _broken_off.add(asyncio.current_task())
         if _takes_events(self._reply_headers):
             whole = not self._last_piece or self._last_piece.endswith((b"\n\n", b"\r\n\r\n"))
-            await self.send_piece(error_event(error) if whole else b"\n\n" + error_event(error), True)
+            event = error_event(error, self.scope["path"])
+            await self.send_piece(event if whole else b"\n\n" + event, True)
 
 
 class Upload:
@@ -110,8 +128,8 @@ class Upload:
         self._caller, self._next, self._more = caller, first, True
         self._size_bytes = len(first)
         self._exchange: Exchange | None = None
-        length = find(caller.headers, b"content-length")
-        self.framing = [("content-length", length.decode("latin-1"))] if length else []
+        length = caller.fields.get(b"content-length")
+        self.framing = b"content-length: %b\r\n" % length if length else b""
 
     def begin(self, exchange: Exchange) -> None:
         self._exchange, exchange.uploaded = exchange, False
@@ -142,11 +160,10 @@ class Upload:
         return piece
 
 
-def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    given = find(headers, REQUEST_ID)
+def _request_id(given: bytes | None) -> bytes:
     if given and _REQUEST_ID.fullmatch(given):
-        return given.decode("ascii")
-    return f"{_id_prefix}-{next(_id_numbers):x}"
+        return given
+    return b"%b-%x" % (_id_prefix, next(_id_numbers))
 
 
 def _takes_events(headers: RawHeaders) -> bool:

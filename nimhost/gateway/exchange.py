@@ -9,7 +9,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from nimhost.errors import UpstreamTimeout
 from nimhost.gateway.routes import Route
@@ -21,24 +21,32 @@ WATCH_AFTER_S = 0.03
 noticed so much later at most."""
 
 
+class Stoppable(Protocol):
+    def stop(self) -> None: ...
+
+
 class ClientLeft(Exception):
     """Nobody is there to answer."""
 
 
 class Exchange:
-    """Use as `async with`: raises what it was ended with in place of the cancellation that this caused."""
+    """Use as `with`: raises what it was ended with in place of the cancellation that this caused."""
 
-    def __init__(self, receive: Receive, route: Route, first_byte_timeout_s: float) -> None:
+    def __init__(self, receive: Receive, first_byte_timeout_s: float) -> None:
         self.uploaded = True
         """The body of the request has been read: `receive` may be watched."""
-        self._receive, self._route = receive, route
+        self.route: Route | None = None
+        """Who is being asked, for the error that says who is silent."""
+        self.keep_alive: Stoppable | None = None
+        """Comments that are sent until the upstream answers."""
+        self._receive = receive
         self._limit_s = first_byte_timeout_s
         self._waiting_for = "begin its answer"
         self._ended: Exception | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
-    async def __aenter__(self) -> Exchange:
+    def __enter__(self) -> Exchange:
         task = asyncio.current_task()
         assert task
         self._task = task
@@ -46,12 +54,14 @@ class Exchange:
         self._timer = self._loop.call_later(WATCH_AFTER_S, self._tick)
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
         if self._watcher:
             self._watcher.cancel()
+        if self.keep_alive:
+            self.keep_alive.stop()
         if self._ended is None:
             return
         self._task.uncancel()
@@ -61,9 +71,15 @@ class Exchange:
     def upstream_answers(self, idle_timeout_s: float) -> None:
         """The head of the reply is here: from now on it is the pauses that count."""
         self._waiting_for, self._limit_s = "go on with its answer", idle_timeout_s
+        if self.keep_alive:
+            self.keep_alive.stop()
         if self._watcher:
             self._timer.cancel()
             self._timer = self._loop.call_later(idle_timeout_s, self._tick)
+
+    @property
+    def timed_out(self) -> bool:
+        return isinstance(self._ended, UpstreamTimeout)
 
     def upstreams_turn(self) -> None:
         self._since = self._loop.time()
@@ -82,7 +98,7 @@ class Exchange:
             self._watcher = self._loop.create_task(self._watch())
         silent_s = max(self._loop.time() - self._since, 0.0)
         if silent_s >= self._limit_s:
-            who = f"Provider {self._route.upstream.provider}"
+            who = f"Provider {self.route.upstream.provider}" if self.route else "The upstream"
             hint = "The limits are first_byte_timeout_s and idle_timeout_s in [gateway]."
             self.end(UpstreamTimeout(f"{who} did not {self._waiting_for} within {self._limit_s:g} s.", hint))
             return

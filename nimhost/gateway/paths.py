@@ -41,6 +41,10 @@ def is_gateway_path(path: str) -> bool:
 
 def parse_place(path: str) -> Place:
     """Raises NotFound for what is no route of the gateway."""
+    return (_cached_place if len(path) <= _CACHED_LENGTH else _parse_place)(path)
+
+
+def _parse_place(path: str) -> Place:
     if path.startswith(SHORT_PREFIX):
         return Place("short", "default", "", path[1:])
     own = path[len(PREFIX) :] if path.startswith(PREFIX) else ""
@@ -57,10 +61,13 @@ def parse_place(path: str) -> Place:
     raise NotFound("Not Found", "Inference routes are provider/NAME/-/PATH, model/NAME/-/PATH and openai/-/PATH.")
 
 
+_CACHED_LENGTH = 200
+_cached_place = lru_cache(maxsize=2048)(_parse_place)
+
+
 # --- where it goes -------------------------------------------------------------------------------------------------
 
 _SAFE = "/:@!$&'()*+,;=~-._"
-_CACHED_LENGTH = 200
 
 
 def _words(text: str) -> frozenset[str]:

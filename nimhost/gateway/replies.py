@@ -7,39 +7,46 @@ from collections.abc import Sequence
 
 import msgspec
 
-from nimhost.errors import ERROR_HEADER, BadRequest, NimhostError, NotReady, UpstreamTimeout, status_of
+from nimhost.errors import ERROR_HEADER, NimhostError, NotReady, Unauthorized, UpstreamTimeout, status_of
 from nimhost.gateway.headers import RawHeaders
+from nimhost.gateway.translate.errors import anthropic_error, openai_error
 from nimhost.refs import Ref
 
-
-class BodyTooLarge(BadRequest):
-    """413."""
+ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 
 
-class MethodNotAllowed(BadRequest):
-    """405."""
-
-
-_STATUS: dict[type[NimhostError], int] = {BodyTooLarge: 413, MethodNotAllowed: 405}
-"""Beside `errors.STATUS`."""
-
-
-def error_reply(error: NimhostError, *, short: bool) -> tuple[int, RawHeaders, bytes]:
-    """Status, headers and body. `short`: the OpenAI envelope alone, else with the `detail` of `/apis` as well."""
-    status = _STATUS.get(type(error)) or status_of(error)
-    envelope = {"error": _error_object(error, status)}
-    body = envelope if short else {"detail": error.message, "hint": error.hint} | envelope
+def error_reply(error: NimhostError, path: str) -> tuple[int, RawHeaders, bytes]:
+    """Status, headers and body, in the form that clients of this path know: OpenAI's, or Anthropic's for messages;
+    under `/apis` with the `detail` of there as well.
+    """
+    status = status_of(error)
+    known = _envelope(error, status, path)
+    body = known if not path.startswith("/apis/") else {"detail": error.message, "hint": error.hint} | known
     headers = [(b"content-type", b"application/json"), (ERROR_HEADER.encode(), type(error).__name__.encode())]
     if isinstance(error, NotReady):
         headers.append((b"retry-after", b"%d" % error.retry_after_s))
+    if isinstance(error, Unauthorized):
+        headers.append((b"www-authenticate", b"Bearer"))
     if _retry_is_harmful(error):
         headers.append((b"x-should-retry", b"false"))
     return status, headers, msgspec.json.encode(body)
 
 
-def error_event(error: NimhostError) -> bytes:
-    """The last event of a stream that broke off."""
-    return b"data: " + msgspec.json.encode({"error": _error_object(error, status_of(error))}) + b"\n\n"
+def error_event(error: NimhostError, path: str) -> bytes:
+    """The last event of a stream that broke off: the typed one where the format of this path has one."""
+    status = status_of(error)
+    if path.endswith(ANTHROPIC_PATHS):
+        return b"event: error\ndata: %b\n\n" % msgspec.json.encode(_envelope(error, status, path))
+    if path.endswith("/v1/responses"):
+        said = {"type": "error", "code": _code(error), "message": _sentence(error), "param": None}
+        return b"event: error\ndata: %b\n\n" % msgspec.json.encode(said)
+    return b"data: %b\n\n" % msgspec.json.encode(_envelope(error, status, path))
+
+
+def _envelope(error: NimhostError, status: int, path: str) -> dict[str, object]:
+    if path.endswith(ANTHROPIC_PATHS):
+        return anthropic_error(status, _sentence(error))
+    return openai_error(status, _sentence(error), _code(error))
 
 
 def _retry_is_harmful(error: NimhostError) -> bool:
@@ -47,13 +54,8 @@ def _retry_is_harmful(error: NimhostError) -> bool:
     return error.final or isinstance(error, NotReady | UpstreamTimeout)
 
 
-def _error_object(error: NimhostError, status: int) -> dict[str, object]:
-    return {
-        "message": _sentence(error),
-        "type": "invalid_request_error" if status < 500 else "server_error",
-        "param": None,
-        "code": re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower(),
-    }
+def _code(error: NimhostError) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
 
 
 def _sentence(error: NimhostError) -> str:

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Raw, Struct
 
-from nimhost.entities import ServedModel
+from nimhost.entities import BackendFormat, ServedModel
 from nimhost.errors import InvalidRequest, NimhostError, NotFound, NotReady
 from nimhost.gateway.paths import Policy, target_url
 from nimhost.refs import DEFAULT_WORKSPACE, NAME_RULE, Ref, is_name
 
 NEAR_CANDIDATES = 60
 """So many names are compared for "did you mean": difflib takes some 20 µs for each."""
+SPEAK_BOTH: frozenset[Policy] = frozenset({"vllm"})
+"""Engines that serve OpenAI's chat and Anthropic's messages themselves."""
 
 
 class Upstream(Struct, frozen=True, kw_only=True):
@@ -42,6 +44,8 @@ class Upstream(Struct, frozen=True, kw_only=True):
     ready: bool = True
     message: str = ""
     """Why it is not ready."""
+    proven: bool = True
+    """It has answered when asked what it serves: what `/ready` tells. Requests are sent to it before that, too."""
     served: tuple[ServedModel, ...] = ()
     """`model_entity_id` is `workspace/` and whatever a client may call it there: `name`, or `ws--adapter`."""
 
@@ -55,7 +59,10 @@ class Route(Struct, frozen=True, kw_only=True, eq=False):
     """Required headers and the key; names in lower case."""
     set_names: frozenset[bytes]
     """Headers of the client that `set_headers` replaces."""
-    default_headers: tuple[tuple[bytes, str, str], ...]
+    set_lines: bytes
+    """`set_headers` as they are sent."""
+    default_lines: tuple[tuple[bytes, bytes], ...]
+    """Name -> the line that is sent unless the client has that header."""
     default_body: dict[str, Raw]
     required_body: dict[str, Raw]
 
@@ -73,17 +80,24 @@ class Route(Struct, frozen=True, kw_only=True, eq=False):
 
 
 class Target(NamedTuple):
+    """Somebody who can answer a request."""
+
     ref: Ref
+    """Of the model, or of the provider where that was asked for."""
     route: Route
-    served_name: str
-    served_json: Raw
-    """The same as JSON."""
+    served_name: str = ""
+    served_json: Raw | None = None
+    """The same as JSON; None: the name in the body stays as it is."""
+    priority: int = 0
+    """The lowest is used as long as it is well: what runs here before what is elsewhere."""
+    speaks: BackendFormat | None = None
+    """The only chat format it understands; None: nothing is translated."""
 
 
 class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
     """The whole routing of one moment. `models` has what can be reached now, the best target first."""
 
-    providers: dict[Ref, Route] = {}
+    providers: dict[Ref, Target] = {}
     models: dict[Ref, tuple[Target, ...]] = {}
     waiting: dict[Ref, str] = {}
     """Models that something is to serve but does not yet, with the reason."""
@@ -94,30 +108,30 @@ class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
     workspaces: frozenset[str] = frozenset()
     """Empty: not checked."""
 
-    def provider(self, workspace: str, name: str) -> Route:
+    def provider(self, workspace: str, name: str) -> Target:
         """Raises NotFound, NotReady, or InvalidRequest for what cannot be a name."""
         ref = Ref(workspace, name)
-        route = self.providers.get(ref)
-        if route is None:
+        target = self.providers.get(ref)
+        if target is None:
             _check_names("provider", ref)
             near = _did_you_mean(name, (str(other) for other in self.providers))
             raise NotFound(f"Model provider not found for {ref}", near or _SEE_PROVIDERS)
-        if not route.upstream.ready:
-            raise _not_ready(f"Provider {ref}", route.upstream.message)
-        return route
+        if not target.route.upstream.ready:
+            raise _not_ready(f"Provider {ref}", target.route.upstream.message)
+        return target
 
-    def model(self, workspace: str, name: str) -> Target:
-        """The target of a model of this workspace; `name` may begin with `workspace/`.
+    def model(self, workspace: str, name: str) -> tuple[Target, ...]:
+        """Who serves a model of this workspace; `name` may begin with `workspace/`.
 
         Raises NotFound with near matches, NotReady with the deployment's own message, InvalidRequest for what cannot
         be a name (a vendor's id, say), naming the model to use instead.
         """
         targets = self.models.get(Ref(workspace, name.removeprefix(f"{workspace}/")))
         if targets:
-            return targets[0]
+            return targets
         raise self._why_not(workspace, name)
 
-    def any_model(self, model: str) -> Target:
+    def any_model(self, model: str) -> tuple[Target, ...]:
         """For the short route: `workspace/name`, a name in the default workspace, or a vendor's id with one provider.
 
         Raises NotFound, NotReady or, for a vendor's id that several providers serve, InvalidRequest.
@@ -125,7 +139,7 @@ class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
         workspace, slash, name = model.partition("/")
         ref = Ref(workspace, name) if slash else Ref(DEFAULT_WORKSPACE, model)
         if targets := self.models.get(ref):
-            return targets[0]
+            return targets
         if ids := self._ids_of(model):
             return self._by_served_id(model, ids)
         raise self._missing(ref)
@@ -136,11 +150,11 @@ class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
             self._check_workspace(workspace)
         return sorted(ref for ref in self.models if workspace in (None, ref.workspace))
 
-    def _by_served_id(self, served_name: str, ids: tuple[Ref, ...]) -> Target:
+    def _by_served_id(self, served_name: str, ids: tuple[Ref, ...]) -> tuple[Target, ...]:
         found = [target for ref in ids for target in self.models.get(ref, ()) if target.served_name == served_name]
         providers = {target.route.upstream.provider for target in found}
         if len(providers) == 1:
-            return found[0]
+            return (found[0],)
         if found:
             names = ", ".join(str(ref) for ref in ids)
             raise InvalidRequest(f"'{served_name}' is served by {len(providers)} providers.", f"Use one of {names}.")
@@ -196,11 +210,12 @@ def build_table(
     models: Iterable[Ref] = (),
     waiting: Mapping[Ref, str] | None = None,
     workspaces: Iterable[str] = (),
+    formats: Mapping[Ref, BackendFormat] | None = None,
 ) -> RouteTable:
-    """The table for these providers. Of several that serve a model the first ready one is used.
+    """The table for these providers. Of several that serve a model `balance` chooses.
 
     `models`: every model entity. `waiting`: models whose deployment is under way, with its message. `workspaces`: all
-    of them; when none are given they are not checked.
+    of them; when none are given they are not checked. `formats`: of models that are not spoken to in OpenAI's.
     """
     routes = {upstream.provider: _prepare(upstream) for upstream in upstreams}
     targets: dict[Ref, list[Target]] = {}
@@ -212,11 +227,14 @@ def build_table(
             ids.setdefault(served.served_model_name, {})[ref] = None
             if route.upstream.ready:
                 name = served.served_model_name
-                targets.setdefault(ref, []).append(Target(ref, route, name, Raw(msgspec.json.encode(name))))
+                away = int(route.upstream.policy == "external")
+                speaks = None if route.upstream.policy in SPEAK_BOTH else (formats or {}).get(ref, "OPENAI_CHAT")
+                target = Target(ref, route, name, Raw(msgspec.json.encode(name)), away, speaks)
+                targets.setdefault(ref, []).append(target)
             else:
                 pending.setdefault(ref, route.upstream.message)
     return RouteTable(
-        providers=routes,
+        providers={ref: Target(ref, route) for ref, route in routes.items()},
         models={ref: tuple(found) for ref, found in targets.items()},
         waiting={ref: message for ref, message in pending.items() if ref not in targets},
         known=frozenset(models),
@@ -233,10 +251,16 @@ def _prepare(upstream: Upstream) -> Route:
         upstream=upstream,
         set_headers=tuple(fixed.items()),
         set_names=frozenset(name.encode() for name in fixed),
-        default_headers=tuple((name.encode(), name, value) for name, value in defaults.items()),
+        set_lines=b"".join(_line(name, value) for name, value in fixed.items()),
+        default_lines=tuple((name.encode(), _line(name, value)) for name, value in defaults.items()),
         default_body={key: Raw(msgspec.json.encode(value)) for key, value in upstream.default_body.items()},
         required_body={key: Raw(msgspec.json.encode(value)) for key, value in upstream.required_body.items()},
     )
+
+
+def _line(name: str, value: str) -> bytes:
+    """A header as it is sent; what would end the line is left out of it."""
+    return "".join(char for char in f"{name}: {value}" if char >= " " or char == "\t").encode() + b"\r\n"
 
 
 def _not_ready(what: str, reason: str) -> NotReady:

@@ -1,110 +1,207 @@
-"""The way out: one connection pool to all engines and providers. The only place that knows aiohttp."""
+"""The way out: connections to all engines and providers, kept for the next request while they are fresh."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import AsyncIterator
-from urllib.parse import quote
-
-import aiohttp
-from yarl import URL
+import asyncio
+import socket
+import ssl
+from functools import lru_cache
+from urllib.parse import quote, urlsplit
 
 from nimhost.errors import NimhostError, UpstreamError, UpstreamTimeout
+from nimhost.gateway.connection import Body, Connection, ConnectionBroken, Origin, Reply
 from nimhost.gateway.routes import Route
+
+__all__ = ["Body", "ConnectionBroken", "NothingSent", "Reply", "UpstreamPool", "broken_off"]
 
 IDLE_CONNECTION_S = 4.0
 """Engines close idle connections after 5 s (uvicorn's default); we close them first, so as not to send into one."""
-LARGE_BODY_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 65_536
-_AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+STALE_WITHIN_S = 1.0
+"""An upstream that had closed an idle connection before our request came says so within a round trip. What breaks off
+later may have been at work on it, and is not asked again."""
+ADDRESS_TTL_S = 60.0
+_PATH_SAFE = "%!$&'()*+,;=:@/-._~"
 
-Body = bytes | AsyncIterator[bytes] | None
 
+class NothingSent(Exception):
+    """No connection came about: the request may safely go elsewhere. `error` is what to tell the client if not."""
 
-class Reply:
-    """A reply whose head has arrived. Close it always: before its end that closes the connection too."""
-
-    __slots__ = ("_content", "_reply", "_route", "headers", "status")
-
-    def __init__(self, reply: aiohttp.ClientResponse, route: Route) -> None:
-        self._reply, self._route, self._content = reply, route, reply.content
-        self.status: int = reply.status
-        self.headers: tuple[tuple[bytes, bytes], ...] = reply.raw_headers
-
-    @property
-    def complete(self) -> bool:
-        """Everything has been read."""
-        return self._content.at_eof()
-
-    async def read(self) -> bytes:
-        """What has arrived since, at least a byte; b"" at the end. Raises UpstreamError if it breaks off."""
-        try:
-            return await self._content.readany()
-        except (aiohttp.ClientError, OSError) as error:
-            # aiohttp raises at once and keeps what came before the break; the client is owed those bytes first.
-            if rest := self._content._read_nowait(-1):
-                return rest
-            raise _translate(error, self._route, "broke off in the middle of its reply") from error
-
-    def close(self) -> None:
-        self._reply.close()
+    def __init__(self, error: NimhostError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 class UpstreamPool:
     def __init__(self, connect_timeout_s: float) -> None:
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
-        self._session: aiohttp.ClientSession | None = None
+        self._connect_timeout_s = connect_timeout_s
+        self._trust: ssl.SSLContext | None = None
+        self._idle: dict[Origin, dict[Connection, float]] = {}
+        """Since when; the one used last is at the end, and is used first."""
+        self._connections: set[Connection] = set()
+        self._addresses: dict[str, tuple[float, list[str]]] = {}
+        self._sweep: asyncio.TimerHandle | None = None
 
-    async def send(
-        self, route: Route, method: str, url: str, query: bytes, headers: list[tuple[str, str]], body: Body
-    ) -> Reply:
+    async def send(self, route: Route, method: str, url: str, query: bytes, headers: bytes, body: Body) -> Reply:
         """Send a request and wait for the head of the reply. Cancelled, it closes the connection.
 
-        `url` is percent-encoded already and `query` raw; both go out as they are. Raises UpstreamError if the upstream
-        cannot be reached or breaks off, UpstreamTimeout if it does not accept the connection in time.
+        `url` is percent-encoded already and `query` raw; both go out as they are. `headers`: lines, each with its end.
+        Raises NothingSent if there is no connection to be had, ConnectionBroken if it does not last.
         """
-        session = self._session or self._open()
-        data = io.BytesIO(body) if isinstance(body, bytes) and len(body) >= LARGE_BODY_BYTES else body
-        target = f"{url}?{_text(query)}" if query else url
+        origin, path, host = _split(url)
+        if query:
+            path += b"?" + query
+        head = b"%b %b HTTP/1.1\r\nhost: %b\r\n%b" % (method.encode(), path, host, headers)
+        connection = self._take(origin)
+        if connection:
+            sent_at = connection.loop.time()
+            try:
+                return await _ask(connection, head, body, method)
+            except ConnectionBroken as error:
+                late = connection.loop.time() - sent_at > STALE_WITHIN_S
+                if late or not error.untouched or not isinstance(body, bytes | None):
+                    raise
         try:
-            reply = await session.request(
-                method, URL(target, encoded=True), headers=headers, data=data, allow_redirects=False
-            )
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _translate(error, route, "closed the connection without an answer") from error
-        return Reply(reply, route)
+            async with asyncio.timeout(self._connect_timeout_s):
+                connection = await self._connect(origin)
+        except (OSError, TimeoutError) as error:  # ssl.SSLError, socket.gaierror are OSErrors
+            raise NothingSent(_unreachable(error, route)) from error
+        return await _ask(connection, head, body, method)
 
-    def _open(self) -> aiohttp.ClientSession:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S, ttl_dns_cache=60),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            skip_auto_headers=_AUTO_HEADERS,
-            timeout=self._timeout,
-            max_line_size=_MAX_HEADER_BYTES,
-            max_field_size=_MAX_HEADER_BYTES,
-        )
-        return self._session
+    def now_s(self) -> float:
+        return asyncio.get_running_loop().time()
 
     async def close(self) -> None:
-        if self._session:
-            session, self._session = self._session, None
-            await session.close()
+        if self._sweep:
+            self._sweep.cancel()
+            self._sweep = None
+        self._idle.clear()
+        for connection in list(self._connections):
+            connection.close()
+
+    # --- connections that wait for their next request
+
+    def _take(self, origin: Origin) -> Connection | None:
+        idle = self._idle.get(origin)
+        while idle:
+            connection, since = idle.popitem()
+            if connection.usable and connection.loop.time() - since < IDLE_CONNECTION_S:
+                return connection
+            connection.close()
+        return None
+
+    def _free(self, connection: Connection) -> None:
+        self._idle.setdefault(connection.origin, {})[connection] = connection.loop.time()
+        if self._sweep is None:
+            self._sweep = connection.loop.call_later(IDLE_CONNECTION_S, self._close_expired)
+
+    def _lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if idle := self._idle.get(connection.origin):
+            idle.pop(connection, None)
+
+    def _close_expired(self) -> None:
+        """Whatever is idle for too long; looks again only as long as there is something to look at."""
+        self._sweep, loop = None, asyncio.get_running_loop()
+        for origin, idle in list(self._idle.items()):
+            for connection, since in list(idle.items()):
+                if loop.time() - since < IDLE_CONNECTION_S:
+                    break
+                del idle[connection]
+                connection.close()
+            if not idle:
+                del self._idle[origin]
+        if self._idle:
+            self._sweep = loop.call_later(IDLE_CONNECTION_S / 4, self._close_expired)
+
+    # --- new ones
+
+    async def _connect(self, origin: Origin) -> Connection:
+        """Raises OSError, the last address's if there are several."""
+        loop = asyncio.get_running_loop()
+        trust, name = (await self._tls(), origin.host) if origin.secure else (None, None)
+        addresses = await self._resolve(origin.host)
+        for address in tuple(addresses):
+            try:
+                _, connection = await loop.create_connection(
+                    lambda: Connection(loop, origin, self._free, self._lost),
+                    address, origin.port, ssl=trust, server_hostname=name,
+                )  # fmt: skip
+            except OSError as error:
+                problem = error
+                addresses.remove(address)
+                addresses.append(address)  # the next one begins with one that answers
+            else:
+                self._connections.add(connection)
+                return connection
+        self._addresses.pop(origin.host, None)
+        raise problem
+
+    async def _resolve(self, host: str) -> list[str]:
+        """At least one address. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        until, addresses = self._addresses.get(host, (0.0, []))
+        if loop.time() >= until:
+            addresses = await _addresses_of(host)
+            self._addresses[host] = (loop.time() + ADDRESS_TTL_S, addresses)
+        return addresses
+
+    async def _tls(self) -> ssl.SSLContext:
+        if self._trust is None:  # reading the system's certificates takes tens of milliseconds
+            self._trust = await asyncio.to_thread(_trusting_the_system)
+        return self._trust
 
 
-def _text(query: bytes) -> str:
-    """Raw where it can be; bytes that no URL may have are percent-encoded."""
-    return query.decode("ascii") if query.isascii() else quote(query, safe="%!$&'()*+,;=:@/?-._~[]|")
+async def _addresses_of(host: str) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
-def _translate(error: Exception, route: Route, otherwise: str) -> NimhostError:
-    """The one place where aiohttp's errors become ours."""
+async def _ask(connection: Connection, head: bytes, body: Body, method: str) -> Reply:
+    reply = connection.request(head, body, bodiless=method == "HEAD")
+    try:
+        await reply.head()
+    except BaseException:  # cancelled, most of the time: the request is given up
+        reply.close()
+        raise
+    return reply
+
+
+@lru_cache(maxsize=2048)
+def _split(url: str) -> tuple[Origin, bytes, bytes]:
+    """Where to connect to, the path to ask for, and the Host header. A default port is not named in it."""
+    parts = urlsplit(url)
+    host, secure = parts.hostname or "", parts.scheme == "https"
+    default = 443 if secure else 80
+    port = parts.port or default
+    name = f"[{host}]" if ":" in host else host
+    name = name if port == default else f"{name}:{port}"
+    path = quote(parts.path or "/", safe=_PATH_SAFE)
+    return Origin(host, port, secure), path.encode(), name.encode("ascii" if name.isascii() else "idna")
+
+
+def _trusting_the_system() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _unreachable(error: OSError, route: Route) -> NimhostError:
+    who, hint = _who(route)
+    if isinstance(error, TimeoutError) and error.errno is None:
+        return UpstreamTimeout(f"{who} did not accept the connection in time.", hint)
+    if isinstance(error, ssl.SSLError):
+        return UpstreamError(f"{who} cannot be reached: {getattr(error, 'verify_message', '') or error.reason}.", hint)
+    return UpstreamError(f"{who} cannot be reached: {error.strerror or error}.", hint)
+
+
+def broken_off(error: ConnectionBroken, route: Route) -> NimhostError:
+    who, hint = _who(route)
+    return UpstreamError(f"{who} {error.what}.", hint)
+
+
+def _who(route: Route) -> tuple[str, str]:
+    """Whose fault it is, and where to look."""
     upstream = route.upstream
-    who = f"Provider {upstream.provider}"
     own = upstream.policy != "external"
     hint = f"See: nimhost logs {upstream.provider.name}" if own else f"Is its host_url right? It is {upstream.base_url}"
-    if isinstance(error, aiohttp.ServerTimeoutError):
-        return UpstreamTimeout(f"{who} did not accept the connection in time.", hint)
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return UpstreamError(f"{who} cannot be reached: {error.os_error.strerror or error.os_error}.", hint)
-    return UpstreamError(f"{who} {otherwise}.", hint)
+    return f"Provider {upstream.provider}", hint

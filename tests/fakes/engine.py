@@ -147,6 +147,8 @@ class FakeEngine:
         self.root = root or served[0]
         self.lora, self.check_lora_paths = lora, check_lora_paths
         self.requests: collections.deque[Received] = collections.deque(maxlen=1000)
+        self.scripted: dict[str, Callable[[Received], Reply]] = {}
+        """Path -> what a test wants to be answered there, faults apart."""
         self.adapters: dict[str, str] = {}
         """Loaded adapters: name -> path."""
         self.served_requests = 0
@@ -266,6 +268,8 @@ class FakeEngine:
 
     async def _route(self, request: Received) -> Reply:
         path, key = request.path, f"{request.method} {request.path}"
+        if path in self.scripted:
+            return self.scripted[path](request)
         if path in ("/health", "/v1/health/ready", "/ping"):
             return await self._health(path)
         if key in ROUTES:

@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from nimhost.config import Gateway as GatewaySettings
 from nimhost.entities import ServedModel
 from nimhost.gateway.proxy import Gateway
 from nimhost.gateway.routes import Upstream, build_table
+from nimhost.listening import Connection, Room
 from nimhost.refs import Ref
 from tests.fakes.engine import FakeEngine
 from tests.support import eventually
@@ -67,6 +69,8 @@ class Reply:
 class Door:
     """The gateway as a client finds it."""
 
+    server: uvicorn.Server
+
     def __init__(self, gateway: Gateway, port: int) -> None:
         self.gateway, self.port = gateway, port
         self.url = f"http://127.0.0.1:{port}"
@@ -104,7 +108,7 @@ async def open_door(settings: GatewaySettings | None = None, **options: Any) -> 
     gateway = Gateway(settings or GatewaySettings(), **options)
     config = uvicorn.Config(
         gateway,
-        http="httptools",
+        http=partial(Connection, Room(1000)),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         access_log=False,
@@ -119,7 +123,9 @@ async def open_door(settings: GatewaySettings | None = None, **options: Any) -> 
     await server.startup(sockets=[listening])  # serve() would take over Ctrl-C
     await server.on_tick(0)
     try:
-        yield Door(gateway, listening.getsockname()[1])
+        door = Door(gateway, listening.getsockname()[1])
+        door.server = server
+        yield door
     finally:
         await _shut_down(server)
         await gateway.close()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import json
+import logging
+import os
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +15,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from nimhost.config import Gateway as GatewaySettings
+from nimhost.entities import ServedModel
+from nimhost.gateway.caller import Receive, Scope, Send
 from nimhost.gateway.exchange import WATCH_AFTER_S
 from tests.fakes.engine import CONTROL_PATHS, FakeEngine, Faults
 from tests.gateway.conftest import Door, G, Reply, engine_upstream, open_door
@@ -129,6 +134,24 @@ async def test_stream_that_breaks_off_ends_with_a_typed_event_and_without_an_end
     assert last_event(reply)["error"]["code"] == "upstream_error"
     assert "default/p" in last_event(reply)["error"]["message"]
     assert len(engine.requests) == 1
+
+
+@pytest.mark.fault(27)
+async def test_stream_that_breaks_off_is_logged_once_and_not_as_an_error_of_ours(
+    door: Door, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "uvicorn.error")
+    engine.faults = Faults(drop_after_chunks=4)
+    await door.ask("POST", CHAT_PATH, STREAM)
+    assert [record.levelname for record in caplog.records if "broke off" in record.getMessage()] == ["WARNING"]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+    async def forgets(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    door.server.config.loaded_app = forgets
+    await door.ask("GET", "/")
+    assert [record for record in caplog.records if "without completing response" in record.getMessage()]
 
 
 @pytest.mark.fault(27)
@@ -321,6 +344,35 @@ async def test_reader_that_does_not_read_stops_the_engine_and_not_our_memory(doo
     assert sent_bytes < 30_000_000, "the kernel's buffers of two connections, and little of ours"
     writer.transport.abort()
     await eventually(lambda: engine.cancelled == 1)
+
+
+@pytest.mark.fault(40)
+@pytest.mark.parametrize("path", [f"{PROVIDER}/v1/audio/transcriptions", "/v1/audio/transcriptions"])
+async def test_body_of_50_mb_arrives_whole(door: Door, engine: FakeEngine, path: str) -> None:
+    door.route(engine_upstream(engine, served=(ServedModel("default/qwen-served", "qwen-served"),)))
+    start, end = b'--x\r\ncontent-disposition: form-data; name="model"\r\n\r\nqwen-served\r\n--x\r\n\r\n', b"\r\n--x--"
+    body = start + os.urandom(50_000_000 - len(start) - len(end)) + end
+    reply = await door.ask("POST", path, body, ["Content-Type: multipart/form-data; boundary=x"])
+    assert reply.json()["size_bytes"] == 50_000_000
+    assert reply.json()["sha256"] == hashlib.sha256(body).hexdigest()
+    over = await door.ask(
+        "POST", path, b"", ["Content-Type: multipart/form-data; boundary=x", "Content-Length: 50000001"]
+    )
+    assert over.status == 413
+
+
+async def test_streams_side_by_side_lose_and_mix_nothing(door: Door, engine: FakeEngine) -> None:
+    engine.faults = Faults(chunks=20, chunk_delay_s=0.01)
+
+    def body(number: int) -> bytes:
+        return b'{"model":"qwen-served","stream":true,"messages":[{"content":"stream %d"}]}' % number
+
+    replies = await asyncio.gather(*(door.ask("POST", CHAT_PATH, body(number)) for number in range(300)))
+    engine.faults = Faults(chunks=20)
+    for number in range(0, 300, 50):
+        alone = await Door(door.gateway, engine.port).ask("POST", "/v1/chat/completions", body(number))
+        assert replies[number].body == alone.body
+    assert all(reply.whole and reply.body.count(b"data: ") == 23 for reply in replies)
 
 
 # --- what clients must not do

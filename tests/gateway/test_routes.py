@@ -36,7 +36,7 @@ def table() -> RouteTable:
 
 
 def served_by(table: RouteTable, workspace: str, model: str) -> tuple[str, str]:
-    target = table.model(workspace, model)
+    target = table.model(workspace, model)[0]
     return target.route.upstream.provider.name, target.served_name
 
 
@@ -108,13 +108,13 @@ def test_unknown_workspace_is_404(table: RouteTable) -> None:
 
 
 def test_short_route_finds_models_of_every_workspace(table: RouteTable) -> None:
-    assert table.any_model("w2/mistral").route.upstream.provider == Ref("w2", "elsewhere")
-    assert table.any_model("qwen").served_name == "qwen-served"
-    assert table.any_model("default/qwen").served_name == "qwen-served"
+    assert table.any_model("w2/mistral")[0].route.upstream.provider == Ref("w2", "elsewhere")
+    assert table.any_model("qwen")[0].served_name == "qwen-served"
+    assert table.any_model("default/qwen")[0].served_name == "qwen-served"
 
 
 def test_short_route_takes_a_vendor_id_that_one_provider_serves(table: RouteTable) -> None:
-    target = table.any_model("meta/llama-3.1-8b")
+    (target,) = table.any_model("meta/llama-3.1-8b")
     assert (target.ref, target.served_name) == (Ref("default", "meta-llama-3-1-8b"), "meta/llama-3.1-8b")
 
 
@@ -140,7 +140,7 @@ def test_name_that_is_a_path_finds_nothing(table: RouteTable, name: str) -> None
 
 
 def test_provider_is_found_or_says_why_not(table: RouteTable) -> None:
-    assert table.provider("default", "local").upstream.base_url == "http://local"
+    assert table.provider("default", "local").route.upstream.base_url == "http://local"
     with pytest.raises(NotFound, match="Model provider not found for default/nope"):
         table.provider("default", "nope")
     with pytest.raises(NotReady, match="loads the model"):
