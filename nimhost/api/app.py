@@ -2,98 +2,195 @@
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
 import logging
-import re
-from urllib.parse import urlsplit
 
-from starlette.routing import Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nimhost.api import files, inference, platform, resources
+from nimhost.api import files, inference, openapi, plan, platform, resources
+from nimhost.api import tokens as api_tokens
+from nimhost.api.access import (
+    CALLER,
+    Caller,
+    Guard,
+    Picked,
+    TokenTable,
+    check_right,
+    cors_headers,
+    find_caller,
+    is_loopback,
+    needed_right,
+    pick,
+    preflight_headers,
+    read_head,
+)
 from nimhost.api.http import answering_errors, error_reply
 from nimhost.api.parts import Parts
 from nimhost.config import Settings
-from nimhost.errors import Forbidden, NimhostError
+from nimhost.errors import NimhostError, Unauthorized
+from nimhost.gateway import caller as gateway_caller
+from nimhost.gateway.paths import is_gateway_path
+from nimhost.tokens import Token
 
 log = logging.getLogger(__name__)
-_GATEWAY = re.compile(r"/v1(/.*)?|/apis/inference-gateway/(?!v2/workspaces/[^/]+/virtual-models(/|$)).*", re.DOTALL)
+ADMITTED_LIMIT = 512
 
 
 def control_plane(parts: Parts) -> ASGIApp:
     """Everything but traffic to models."""
-    routes = [*platform.routes(parts), *files.routes(parts), *inference.routes(parts), *resources.routes(parts)]
-    return answering_errors(Router(routes, redirect_slashes=False))
+    return answering_errors(Router(control_routes(parts), redirect_slashes=False))
 
 
-def entry(control: ASGIApp, gateway: ASGIApp, settings: Settings) -> ASGIApp:
-    """The app that listens. Requests by another host name or from a web page of another origin reach neither."""
-    guard = Guard(settings.server.host, tuple(settings.server.allowed_hosts))
+def control_routes(parts: Parts) -> list[Route]:
+    return [
+        *platform.routes(parts),
+        *openapi.routes(),
+        *api_tokens.routes(parts),
+        *files.routes(parts),
+        *inference.routes(parts),
+        *plan.routes(parts),
+        *resources.routes(parts),
+    ]
+
+
+def entry(
+    control: ASGIApp,
+    gateway: ASGIApp,
+    settings: Settings,
+    tokens: TokenTable | None = None,
+    *,
+    loopback: bool | None = None,
+) -> ASGIApp:
+    """The app that listens. Whoever may not ask reaches neither of the two.
+
+    `loopback`: only this machine reaches the address; None: as the setting says.
+    """
+    if loopback is None:
+        loopback = is_loopback(settings.server.host)
+    gate = Gate(settings, TokenTable() if tokens is None else tokens, loopback)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif refusal := guard.refusal(scope):
-            log.warning("refused %s %s: %s", scope["method"], scope["path"], refusal.message)
-            await error_reply(refusal)(scope, receive, send)
         else:
-            await (gateway if is_gateway_path(scope["path"]) else control)(scope, receive, send)
+            to_gateway = is_gateway_path(scope["path"])
+            await gate.pass_on(gateway if to_gateway else control, to_gateway, scope, receive, send)
 
     return app
 
 
-def is_gateway_path(path: str) -> bool:
-    return _GATEWAY.fullmatch(path) is not None
+class Gate:
+    """Does what `access` decides."""
 
+    def __init__(self, settings: Settings, tokens: TokenTable, loopback: bool) -> None:
+        server = settings.server
+        self._guard = Guard(server.host, server.allowed_hosts, server.allowed_origins)
+        self._loopback = loopback
+        self._tokens = tokens
+        self._asking: dict[str, set[asyncio.Task[object]]] = {}
+        """By the hash of the token."""
+        self._admitted: dict[Picked, Caller] = {}
+        """To the gateway, from no web page: a client sends the same few headers again and again."""
+        tokens.on_revoked = self._cut
 
-class Guard:
-    """Keeps web pages out: a page can send requests to localhost, and with DNS rebinding under a name of its own."""
+    async def pass_on(self, app: ASGIApp, to_gateway: bool, scope: Scope, receive: Receive, send: Send) -> None:
+        picked = pick(scope["headers"])
+        if to_gateway and (caller := self._admitted.get(picked)):
+            await self._run(app, caller, to_gateway, scope, receive, send)
+        else:
+            await self._decide(app, picked, to_gateway, scope, receive, send)
 
-    def __init__(self, bound: str, allowed: tuple[str, ...]) -> None:
-        self._any_address = bound in ("", "0.0.0.0", "::")
-        self._allowed = {name.lower() for name in allowed}
-        self._names = {"localhost", bound.lower(), *self._allowed}
-
-    def refusal(self, scope: Scope) -> NimhostError | None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in (b"host", b"origin")}
-        host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        if not self._knows(host):
-            return Forbidden(
-                f"Requests for the host '{host[:100]}' are refused.",
-                hint="If that is a name of this machine, add it to server.allowed_hosts in nimhost.toml.",
-            )
-        if origin is not None and not self._same(origin, host):
-            return Forbidden(
-                f"Requests from web pages of '{origin[:100]}' are refused.",
-                hint="If you trust that site, add its host to server.allowed_hosts in nimhost.toml.",
-            )
-        return None
-
-    def _knows(self, host: str) -> bool:
-        name = _host_name(host)
-        if name in self._names or name.endswith(".localhost"):
-            return bool(name)
+    async def _decide(
+        self, app: ASGIApp, picked: Picked, to_gateway: bool, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        method, path = scope["method"], scope["path"]
         try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return address.is_loopback or self._any_address  # an address cannot be rebound, only a name can
+            head = read_head(picked)
+            if origin := self._guard.check(head, method, to_gateway):
+                if method == "OPTIONS" and b"access-control-request-method" in head:
+                    await _answer_preflight(preflight_headers(head, origin), send)
+                    return
+                send = _sharing(send, cors_headers(origin))
+            caller = find_caller(head, path, self._tokens, loopback=self._loopback)
+            check_right(caller, needed_right(method, path, to_gateway))
+        except NimhostError as error:
+            log.warning("refused %s %r: %s", method, path, error)
+            await _refuse(error, to_gateway, scope, receive, send)
+            return
+        if to_gateway and origin is None:
+            if len(self._admitted) >= ADMITTED_LIMIT:
+                self._admitted.clear()
+            self._admitted[picked] = caller
+        await self._run(app, caller, to_gateway, scope, receive, send)
 
-    def _same(self, origin: str, host: str) -> bool:
+    async def _run(
+        self, app: ASGIApp, caller: Caller, to_gateway: bool, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        CALLER.set(caller)
+        if caller.token is None:
+            await app(scope, receive, send)
+        else:
+            await self._until_revoked(caller.token, app, to_gateway, scope, receive, send)
+
+    async def _until_revoked(
+        self, token: Token, app: ASGIApp, to_gateway: bool, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """A reply that is under way when its token is revoked ends there."""
+        begun, task = False, asyncio.current_task()
+        assert task
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        asking = self._asking.setdefault(token.sha256, set())
+        asking.add(task)
         try:
-            netloc = urlsplit(origin).netloc.lower()
-        except ValueError:
-            return False
-        return netloc == host.lower() or netloc in self._allowed
+            await app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if token in self._tokens:
+                raise
+            task.uncancel()
+            if not begun:
+                await _refuse(Unauthorized("This API token has been revoked."), to_gateway, scope, receive, send)
+        finally:
+            asking.discard(task)
+            if not asking:
+                self._asking.pop(token.sha256, None)
+
+    def _cut(self, token: Token) -> None:
+        self._admitted.clear()
+        for task in self._asking.pop(token.sha256, ()):
+            if task is not asyncio.current_task():  # who revokes its own token is told that it worked
+                task.cancel()
 
 
-def _host_name(host: str) -> str:
-    """`[::1]:8080` is `::1`, `localhost:8080` is `localhost`."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower().rstrip(".")
+async def _refuse(error: NimhostError, to_gateway: bool, scope: Scope, receive: Receive, send: Send) -> None:
+    if to_gateway:
+        await gateway_caller.Caller(scope, receive, send, 0).fail(error)
+    else:
+        await error_reply(error)(scope, receive, send)
+
+
+async def _answer_preflight(headers: list[tuple[bytes, bytes]], send: Send) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body"})
+
+
+def _sharing(send: Send, headers: list[tuple[bytes, bytes]]) -> Send:
+    """`send`, with replies that a page of another origin may read. What an engine says of that is not its to say."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            kept = [pair for pair in message["headers"] if not pair[0].startswith(b"access-control-")]
+            message = {**message, "headers": kept + headers}
+        await send(message)
+
+    return sending
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

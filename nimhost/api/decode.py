@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
@@ -38,7 +39,24 @@ def parse_json(data: bytes) -> Json:
         raise _refuse([_not_json(int(position[1]) if position else len(data), str(e))]) from e
     if not isinstance(found, dict):
         raise _refuse([Problem(("body",), "Input should be an object", "model_attributes_type", found)])
+    _refuse_repeated_keys(data)
     return found
+
+
+def _refuse_repeated_keys(data: bytes) -> None:
+    """Readers of JSON differ in which of two equal keys they take. Raises InvalidRequest, naming the key."""
+
+    def look(pairs: list[tuple[str, object]]) -> None:
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _refuse([Problem(("body", key[:100]), "The field is there twice", "json_invalid")])
+            seen.add(key)
+
+    try:
+        json.loads(data, object_pairs_hook=look, parse_int=len, parse_float=len)
+    except RecursionError as e:
+        raise _refuse([_not_json(0, "nested too deeply")]) from e
 
 
 def read_fields(
@@ -61,7 +79,7 @@ def read_fields(
         else:
             try:
                 values[key] = msgspec.convert(value, known[key].type)
-                problems += _too_large(value, ("body", key))
+                problems += _too_large(values[key], ("body", key))
             except msgspec.ValidationError as e:
                 problems.append(explain(str(e), known[key].type, value, ("body", key)))
             except RecursionError:
@@ -99,6 +117,9 @@ def explain(message: str, kind: Any, value: object, loc: Loc) -> Problem:
         return Problem(
             (*loc, *steps), f"Input should be {way} than or equal to {bound[2]}", f"{way}_than_equal", _shown(loc, here)
         )
+    if bound := re.fullmatch(r"Expected `str` of length <= (\d+)", text):
+        words = f"String should have at most {bound[1]} characters"
+        return Problem((*loc, *steps), words, "string_too_long", _shown((*loc, *steps), here))
     return Problem((*loc, *steps), text, "value_error", _shown((*loc, *steps), here))
 
 
@@ -135,9 +156,20 @@ def _cleared(field: FieldInfo) -> Json:
 
 def _too_large(value: object, loc: Loc) -> list[Problem]:
     """Integers that not every reader of JSON keeps exactly; typed ones only, free-form places stay free."""
-    if isinstance(value, int) and abs(value) > MAX_INTEGER:
-        return [Problem(loc, f"Input should be less than or equal to {MAX_INTEGER}", "less_than_equal", str(value))]
+    match value:
+        case int() if abs(value) > MAX_INTEGER:
+            bound = f"Input should be less than or equal to {MAX_INTEGER}"
+            return [Problem(loc, bound, "less_than_equal", _shortened(value))]
+        case list():
+            return [problem for place, item in enumerate(value) for problem in _too_large(item, (*loc, place))]
+        case Struct():
+            parts = [(f.encode_name, getattr(value, f.name)) for f in struct_fields(type(value))]
+            return [problem for name, part in parts for problem in _too_large(part, (*loc, name))]
     return []
+
+
+def _shortened(number: int) -> str:
+    return str(number) if abs(number) < 2**64 else f"an integer of {number.bit_length()} bits"
 
 
 def _without_secrets(value: object) -> object:

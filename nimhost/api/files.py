@@ -14,12 +14,15 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from nimhost.api.filesets import hub_repo, hub_token
 from nimhost.api.http import JsonReply, body_chunks
 from nimhost.api.parts import Parts
-from nimhost.api.resources import get_entity
-from nimhost.entities import KINDS, Entity, LocalStorage
+from nimhost.api.resource import get_entity
+from nimhost.entities import Entity, HuggingFaceStorage, LocalStorage
 from nimhost.errors import BadRequest, NotFound
-from nimhost.host.files import OpenFile, StoredFile
+from nimhost.host.files import OpenFile, StoredFile, split_path
+from nimhost.host.hub_files import ListedFile, RemoteFile
+from nimhost.kinds import KINDS
 
 Json = dict[str, Any]
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
@@ -40,7 +43,9 @@ def routes(parts: Parts) -> list[Route]:
 class FileReply(StreamingResponse):
     """Streams a part of an open file and closes it, whatever happens."""
 
-    def __init__(self, file: OpenFile, start: int, stop: int, status: int, headers: dict[str, str]) -> None:
+    def __init__(
+        self, file: OpenFile | RemoteFile, start: int, stop: int, status: int, headers: dict[str, str]
+    ) -> None:
         super().__init__(file.read(start, stop), status, headers, media_type="application/octet-stream")
         self._file = file
 
@@ -59,14 +64,20 @@ class Files:
         self._parts = parts
 
     async def list(self, request: Request) -> Response:
-        fileset = await self._fileset(request)
-        files = await self._parts.files.list_files(self._base(fileset), request.query_params.get("path", ""))
+        fileset, prefix = await self._fileset(request), request.query_params.get("path", "").strip("/")
+        storage, hub = fileset.wish.storage, self._parts.hub
+        if isinstance(storage, HuggingFaceStorage) and hub is not None:
+            token = await hub_token(self._parts, storage, fileset.workspace)
+            listed = await hub.list_files(hub_repo(storage), token)
+            below = [f for f in listed if not prefix or f.path == prefix or f.path.startswith(f"{prefix}/")]
+            return JsonReply({"data": [_shown(fileset, f, "cached" if f.cached else "not_cached") for f in below]})
+        files = await self._parts.files.list_files(self._base(fileset), prefix)
         return JsonReply({"data": [_shown(fileset, file, "not_cacheable") for file in files]})
 
     async def download(self, request: Request) -> Response:
         fileset, path = await self._fileset(request), request.path_params["path"]
         try:
-            file = await self._parts.files.open_file(self._base(fileset), path)
+            file = await self._open(fileset, path)
         except NotFound as e:
             raise _no_file(fileset, path) from e
         size = file.file.size_bytes
@@ -76,9 +87,11 @@ class Files:
         except HTTPException:
             file.close()
             raise
+        start, stop = wanted or (0, size)
+        if isinstance(file, RemoteFile) and request.method == "GET":
+            await file.begin(start, stop)
         if wanted is None:
             return FileReply(file, 0, size, 200, headers | {"content-length": str(size)})
-        start, stop = wanted
         headers |= {"content-length": str(stop - start), "content-range": f"bytes {start}-{stop - 1}/{size}"}
         return FileReply(file, start, stop, 206, headers)
 
@@ -94,11 +107,13 @@ class Files:
         if content_type.lower().startswith("multipart/form-data"):
             chunks = first_part(chunks, content_type)
         file = await self._parts.files.write(self._base(fileset), path, chunks)
+        if self._parts.specs is not None:
+            self._parts.specs.touched([("filesets", fileset.workspace, fileset.name)])
         return JsonReply(_shown(fileset, file))
 
     async def delete(self, request: Request) -> Response:
         fileset, path = await self._fileset(request), request.path_params["path"]
-        base = self._base(fileset)
+        base = self._base(fileset, "deleted")
         if fileset.wish.storage.path:
             raise _by_reference(fileset)
         try:
@@ -111,15 +126,24 @@ class Files:
         where = request.path_params
         return await get_entity(self._parts.store, "filesets", where["workspace"], where["name"])
 
-    def _base(self, fileset: Entity) -> Path:
+    async def _open(self, fileset: Entity, path: str) -> OpenFile | RemoteFile:
+        """Raises NotFound, and BadRequest for a path that leads outside."""
+        storage, hub = fileset.wish.storage, self._parts.hub
+        if not isinstance(storage, HuggingFaceStorage) or hub is None:
+            return await self._parts.files.open_file(self._base(fileset), path)
+        token = await hub_token(self._parts, storage, fileset.workspace)
+        found = await hub.open_file(hub_repo(storage), token, "/".join(split_path(path)))
+        return found if isinstance(found, RemoteFile) else await self._parts.files.open_path(found)
+
+    def _base(self, fileset: Entity, done: str = "read") -> Path:
         """The directory of a local fileset. Raises BadRequest for one that is kept elsewhere."""
         storage = fileset.wish.storage
         if not isinstance(storage, LocalStorage):
             raise BadRequest(
-                f"The files of fileset '{fileset.ref}' are on {_type(storage)}: they come with a deployment.",
+                f"The files of fileset '{fileset.ref}' cannot be {done} here: its storage is {_type(storage)}.",
                 hint="Create a fileset without storage to keep files here.",
             )
-        return Path(storage.path) if storage.path else self._parts.files.directory(fileset.workspace, fileset.name)
+        return self._parts.files.base(fileset)
 
 
 def _type(storage: Any) -> str:
@@ -137,7 +161,7 @@ def _no_file(fileset: Entity, path: str) -> NotFound:
     return NotFound(f"File '{path}' not found in fileset '{fileset.ref}'")
 
 
-def _shown(fileset: Entity, file: StoredFile, cache_status: str | None = None) -> Json:
+def _shown(fileset: Entity, file: StoredFile | ListedFile, cache_status: str | None = None) -> Json:
     url = f"{KINDS['filesets'].path(fileset.workspace)}/{fileset.name}/-/{file.path}"
     return {
         "file_ref": f"{fileset.ref}#{file.path}",

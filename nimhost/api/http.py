@@ -14,7 +14,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nimhost.api.decode import parse_json
-from nimhost.errors import ERROR_HEADER, InvalidRequest, NimhostError, NotReady, Problem, status_of
+from nimhost.errors import (
+    ERROR_HEADER,
+    BodyTooLarge,
+    InvalidRequest,
+    NimhostError,
+    NotReady,
+    Problem,
+    Unauthorized,
+    status_of,
+)
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -28,7 +37,7 @@ _LARGEST_PAGE = 10**9
 
 
 async def read_json(request: Request) -> Json:
-    """The JSON object in the body. Raises InvalidRequest; HTTPException 413, 415, 408."""
+    """The JSON object in the body. Raises InvalidRequest, BodyTooLarge; HTTPException 415, 408."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body = bytearray()
     async for chunk in body_chunks(request, BODY_LIMIT_BYTES):
@@ -40,10 +49,10 @@ async def read_json(request: Request) -> Json:
 
 
 async def body_chunks(request: Request, limit_bytes: int | None = None) -> AsyncIterator[bytes]:
-    """The body as it comes. Raises HTTPException 413 when it is longer than the limit, 408 when it stops coming."""
+    """The body as it comes. Raises BodyTooLarge; HTTPException 408 when it stops coming."""
     declared = request.headers.get("content-length", "")
     if limit_bytes is not None and declared.isdigit() and int(declared) > limit_bytes:
-        raise HTTPException(413, f"The body is larger than {limit_bytes} bytes.")
+        raise BodyTooLarge(f"The body is larger than {limit_bytes:,} bytes.")
     stream, size_bytes = request.stream(), 0
     while True:
         try:
@@ -57,7 +66,7 @@ async def body_chunks(request: Request, limit_bytes: int | None = None) -> Async
             raise HTTPException(400, "The client went away in the middle of the body.") from e
         size_bytes += len(chunk)
         if limit_bytes is not None and size_bytes > limit_bytes:
-            raise HTTPException(413, f"The body is larger than {limit_bytes} bytes.")
+            raise BodyTooLarge(f"The body is larger than {limit_bytes:,} bytes.")
         yield chunk
 
 
@@ -116,6 +125,8 @@ def error_reply(error: NimhostError) -> Response:
     headers = {ERROR_HEADER: type(error).__name__}
     if error.final:
         headers["x-should-retry"] = "false"
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, NotReady):
         headers["retry-after"] = str(error.retry_after_s)
     return JsonReply(body, status_of(error), headers)

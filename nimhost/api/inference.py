@@ -1,4 +1,4 @@
-"""Secrets' values, and what deployments and providers have beside plain CRUD: logs, stop, start, progress, statuses."""
+"""What deployments and providers have beside plain CRUD: logs, stop, start, progress, statuses."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from nimhost.api.decode import read_fields
+from nimhost.api.decode import read_fields, read_struct
 from nimhost.api.http import JsonReply, query_flag, query_int, read_json
 from nimhost.api.parts import Parts
-from nimhost.api.resources import get_entity, show_entity
-from nimhost.entities import KINDS, Entity, ServedModel, Status
-from nimhost.errors import Conflict
-from nimhost.store import Store, Transaction
+from nimhost.api.resource import get_entity, show_entity
+from nimhost.entities import Entity, ServedModel, Status, Text255, Text1000
+from nimhost.errors import Conflict, InvalidRequest, NotFound
+from nimhost.kinds import KINDS
+from nimhost.store import Store, Transaction, now
 
 Json = dict[str, Any]
 FIRST_BYTE_WAIT_S = 1.0
@@ -35,7 +36,6 @@ def routes(parts: Parts) -> list[Route]:
     more = Inference(parts)
     deployment = f"{KINDS['deployments'].path('{workspace}')}/{{name}}"
     provider = f"{KINDS['providers'].path('{workspace}')}/{{name}}"
-    secret = f"{KINDS['secrets'].path('{workspace}')}/{{name}}"
     return [
         Route(f"{deployment}/logs", more.logs, methods=["GET"]),
         Route(f"{deployment}/progress", more.progress, methods=["GET"]),
@@ -43,19 +43,13 @@ def routes(parts: Parts) -> list[Route]:
         Route(f"{deployment}/stop", more.stop, methods=["POST"]),
         Route(f"{deployment}/start", more.start, methods=["POST"]),
         Route(f"{provider}/status", more.set_provider_status, methods=["PUT"]),
-        Route(f"{secret}/access", more.access_secret, methods=["GET"]),
+        Route(f"{deployment}/status", more.set_deployment_status, methods=["POST"]),
     ]
 
 
 class Inference:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-
-    async def access_secret(self, request: Request) -> Response:
-        secret = await self._named(request, "secrets")
-        value = self._parts.vault.open(secret.wish.value, secret.ref)
-        body = {"name": secret.name, "workspace": secret.workspace, "value": value}
-        return JsonReply(body, headers={"cache-control": "no-store"})
 
     async def logs(self, request: Request) -> Response:
         deployment = await self._named(request, "deployments")
@@ -94,9 +88,28 @@ class Inference:
             if "model_deployment_id" in changes:
                 wish = replace(provider.wish, model_deployment_id=changes.pop("model_deployment_id"))
                 provider = await tx.update_wish(provider, wish)
+            if "served_models" in changes:
+                changes["served_models"] = [_served(model, provider) for model in changes["served_models"]]
             if changes:
                 provider = await tx.set_status(provider, replace(provider.status, **changes))
         return JsonReply(await show_entity(provider, self._parts))
+
+    async def set_deployment_status(self, request: Request) -> Response:
+        """What a client found out; what the daemon finds out next is written over it."""
+        query = request.query_params
+        version = query_int(request, "version", 1, low=1) if "version" in query else None
+        found = read_struct(_DeploymentStatusBody, await read_json(request))
+        async with self._parts.store.transaction() as tx:
+            deployment = await self._named(request, "deployments", tx)
+            if version is not None and not await tx.has_version(deployment, version):
+                raise NotFound(f"Deployment '{deployment.ref}' has no version {version}")
+            if deployment.status.status == "DELETING" and found.status != "DELETED":
+                raise Conflict(f"Deployment '{deployment.ref}' is being deleted.")
+            status = deployment.status.moved(found.status, found.status_message, now())
+            if found.model_provider_id is not None:
+                status = replace(status, model_provider_id=found.model_provider_id)
+            deployment = await tx.set_status(deployment, status)
+        return JsonReply(await show_entity(deployment, self._parts))
 
     async def _desire(self, request: Request, desired: str) -> Response:
         async with self._parts.store.transaction() as tx:
@@ -106,7 +119,8 @@ class Inference:
             if deployment.wish.desired != desired or deployment.status.run.failure is not None:
                 deployment = await tx.update_wish(deployment, replace(deployment.wish, desired=desired))
                 status = replace(deployment.status, run=deployment.status.run.forgiven())
-                deployment = await tx.set_status(deployment, status)
+                said = "Starting again." if desired == "running" else "Stopping."
+                deployment = await tx.set_status(deployment, status.moved("PENDING", said, now()))
         return JsonReply(await show_entity(deployment, self._parts))
 
     async def _named(self, request: Request, kind: str, db: Store | Transaction | None = None) -> Entity:
@@ -154,13 +168,27 @@ async def cancelling(*works: Work) -> AsyncIterator[list[asyncio.Task[object]]]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class _DeploymentStatusBody(Struct):
+    status: Status
+    status_message: Text1000 = ""
+    model_provider_id: Text255 | None = None
+
+
 class _StatusFields(Struct):
     """The body of a provider's status update; each may be left out. A status without a message has none."""
 
-    model_deployment_id: str
+    model_deployment_id: Text255
     served_models: list[ServedModel]
     status: Status
-    status_message: str
+    status_message: Text1000
+
+
+def _served(model: ServedModel, provider: Entity) -> ServedModel:
+    """With a model entity that has a workspace: by default that of the provider."""
+    workspace, slash, name = model.model_entity_id.partition("/")
+    if not workspace or (slash and not name):
+        raise InvalidRequest.field("Input should be workspace/name", "served_models", input=model.model_entity_id)
+    return model if slash else ServedModel(f"{provider.workspace}/{workspace}", model.served_model_name)
 
 
 def _event(body: Json) -> bytes:

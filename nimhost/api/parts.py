@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from nimhost.api.access import TokenTable
 from nimhost.config import Settings
-from nimhost.entities import Entity
+from nimhost.entities import DeploymentConfig, Entity, Fileset
 from nimhost.host.files import FileStorage
+from nimhost.host.hub_files import HubFiles
 from nimhost.host.vault import Vault
 from nimhost.store import Store
 
 Json = dict[str, Any]
-CheckDeployment = Callable[[Entity], Awaitable[None]]
-"""Called with the config (in the version to be run) before a deployment is created or updated.
+CheckDeployment = Callable[[Entity, bool], Awaitable[None]]
+"""Called with the config (in the version to be run) before a deployment is created or updated, and whether it is to
+be tried although it cannot fit.
 
 Raises BadRequest or InvalidRequest for what this machine can never run: more GPUs than it has, a directory without
 weights, a model entity that is needed for weights and missing.
 """
+
+
+class ModelSpecs(Protocol):
+    """What finds out what models are."""
+
+    async def settle(self, model: Entity) -> Entity:
+        """The model with its spec, or, where that takes longer than a request may, with the reason in its status."""
+        ...
+
+    def touched(self, written: Iterable[tuple[str, str, str]]) -> None:
+        """Something (kind, workspace, name) has changed that a model may have waited for, or a model itself."""
+        ...
+
+
+class Preview(Protocol):
+    """What would become of a deployment: see `nimhost.deployments.explain`."""
+
+    async def explain(self, config: Entity, deployment: Entity | None = None) -> Json: ...
+
+    async def explain_wish(self, workspace: str, config: DeploymentConfig, fileset: Fileset | None) -> Json: ...
 
 
 class HostView(Protocol):
@@ -57,3 +80,8 @@ class Parts:
     settings: Settings
     host: HostView
     check_deployment: CheckDeployment | None = None
+    hub: HubFiles | None = None
+    """None: filesets on a hub are stored as they are said, and their files are not shown."""
+    specs: ModelSpecs | None = None
+    previews: Preview | None = None
+    tokens: TokenTable = field(default_factory=TokenTable)

@@ -1,4 +1,4 @@
-"""What must hold for a wish to be accepted, and who needs an entity that is to be deleted.
+"""What must hold for a wish to be accepted.
 
 `complete(...)` runs inside the transaction that writes, so what it finds is still true when the row appears.
 """
@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
+from nimhost.api.access import settings_for_caller
+from nimhost.api.model_rules import check_engine
+from nimhost.api.references import Reader
 from nimhost.auth_header import check_auth_header
-from nimhost.config import Settings
+from nimhost.config import Settings, ngc_api_key
 from nimhost.deployments.desired import model_ref
 from nimhost.entities import (
-    KINDS,
+    Adapter,
     Deployment,
     DeploymentConfig,
     Entity,
@@ -28,11 +31,12 @@ from nimhost.entities import (
     NgcStorage,
     Provider,
     Secret,
-    ToolCallConfig,
+    VirtualModel,
     Wish,
 )
-from nimhost.errors import BadRequest, Conflict, Forbidden, InUse, InvalidRequest
-from nimhost.refs import DEFAULT_WORKSPACE, SYSTEM_WORKSPACE, parse_ref
+from nimhost.errors import BadRequest, InvalidRequest
+from nimhost.kinds import KINDS
+from nimhost.refs import NGC_KEY, Ref, parse_ref
 
 Json = dict[str, Any]
 _HUB_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
@@ -40,17 +44,10 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _FORBIDDEN_HEADERS = {"authorization": "Authorization", "cookie": "Cookie"}
 
 
-class Reader(Protocol):
-    """The store, or a transaction on it."""
-
-    async def find(self, kind: str, workspace: str, name: str) -> Entity | None: ...
-    async def all(self, kind: str) -> list[Entity]: ...
-
-
 async def complete(kind: str, wish: Wish, workspace: str, db: Reader, settings: Settings) -> Any:
     """The wish as it is to be stored. Raises BadRequest, InvalidRequest, Forbidden."""
     rule = RULES.get(kind)
-    return wish if rule is None else await rule(wish, workspace, db, settings)
+    return wish if rule is None else await rule(wish, workspace, db, settings_for_caller(settings))
 
 
 async def check_workspace(workspace: str, db: Reader) -> None:
@@ -123,26 +120,46 @@ async def _need_secret(ref: str | None, workspace: str, db: Reader, field: str) 
     if ref is None:
         return
     where = parse_ref(ref, workspace, "storage", field)
-    if not await db.find("secrets", *where):
+    if not await _has_secret(where, db):
         raise BadRequest(f"Secret not found: {ref}", hint=f"nimhost secrets create {where.name} --from-file -")
 
 
+async def _has_secret(ref: Ref, db: Reader) -> bool:
+    """The NGC key of the environment counts."""
+    return bool(await db.find("secrets", *ref)) or (ref == NGC_KEY and ngc_api_key() is not None)
+
+
 async def _model(wish: Model, workspace: str, db: Reader, settings: Settings) -> Model:
-    if wish.spec and wish.spec.tool_call_config:
-        check_plugin(wish.spec.tool_call_config, settings)
     if wish.fileset is not None:
-        where = parse_ref(wish.fileset, workspace, "fileset")
-        if not await db.find("filesets", *where):
-            raise BadRequest(f"Fileset '{wish.fileset}' not found in workspace '{workspace}'")
+        await _need_fileset(wish.fileset, workspace, db)
     return wish
 
 
-def check_plugin(tools: ToolCallConfig | None, settings: Settings) -> None:
-    if tools and tools.tool_call_plugin is not None and not settings.models.tool_call_plugin.enabled:
-        raise Forbidden(
-            "tool_call_plugin is disabled at the platform level. Set models.tool_call_plugin.enabled=true in the "
-            "platform configuration to allow custom parser plugins."
+async def _need_fileset(ref: str, workspace: str, db: Reader) -> None:
+    where = parse_ref(ref, workspace, "fileset")
+    if not await db.find("filesets", *where):
+        raise BadRequest(
+            f"Fileset '{ref}' not found in workspace '{workspace}'",
+            hint=f"nimhost files filesets create {where.name} --workspace {where.workspace}",
         )
+
+
+async def _adapter(wish: Adapter, workspace: str, db: Reader, settings: Settings) -> Adapter:
+    model = parse_ref(wish.model, workspace, "model")
+    if not await db.find("models", *model):
+        raise KINDS["models"].not_found(*model)
+    await _need_fileset(wish.fileset, workspace, db)
+    return replace(wish, model=str(model))
+
+
+async def _virtual_model(wish: VirtualModel, workspace: str, db: Reader, settings: Settings) -> VirtualModel:
+    for field in ("request_middleware", "response_middleware", "post_response_middleware", "override_proxy"):
+        if getattr(wish, field):
+            raise InvalidRequest.field("nimhost runs no middleware: a virtual model is another name for a model", field)
+    if wish.default_model_entity is None:
+        return wish
+    model = parse_ref(wish.default_model_entity, workspace, "default_model_entity")
+    return replace(wish, default_model_entity=str(model))
 
 
 # --- deployment configs --------------------------------------------------------------------------------------------
@@ -150,7 +167,7 @@ def check_plugin(tools: ToolCallConfig | None, settings: Settings) -> None:
 
 async def _config(wish: DeploymentConfig, workspace: str, db: Reader, settings: Settings) -> DeploymentConfig:
     check_config(wish)
-    check_plugin(wish.model_spec.tool_call_config, settings)
+    check_engine(wish, workspace, settings)
     if wish.model_entity_id is not None:
         parse_ref(wish.model_entity_id, workspace, "model_entity_id")
         return wish
@@ -216,7 +233,7 @@ async def _deployment(wish: Deployment, workspace: str, db: Reader, settings: Se
 async def _provider(wish: Provider, workspace: str, db: Reader, settings: Settings) -> Provider:
     check_provider(wish)
     secret = wish.api_key_secret_name
-    if secret is not None and not await db.find("secrets", workspace, secret):
+    if secret is not None and not await _has_secret(Ref(workspace, secret), db):
         raise BadRequest(
             f"Secret '{secret}' not found in workspace '{workspace}'",
             hint=f"nimhost secrets create {secret} --from-file - --workspace {workspace}",
@@ -256,90 +273,9 @@ RULES: dict[str, Callable[[Any, str, Reader, Settings], Awaitable[Wish]]] = {
     "secrets": _secret,
     "filesets": _fileset,
     "models": _model,
+    "adapters": _adapter,
+    "virtual-models": _virtual_model,
     "deployment-configs": _config,
     "deployments": _deployment,
     "providers": _provider,
 }
-
-
-# --- deleting ------------------------------------------------------------------------------------------------------
-
-
-async def check_deletable(entity: Entity, db: Reader) -> None:
-    """Raises InUse with the users, Conflict for what can never be deleted by itself."""
-    if entity.kind == "workspaces" and entity.name in (DEFAULT_WORKSPACE, SYSTEM_WORKSPACE):
-        raise Conflict(f"Workspace '{entity.name}' always exists and cannot be deleted.")
-    if entity.kind == "providers" and (owner := await owner_of(entity, db)):
-        raise Conflict(
-            f"Provider '{entity.ref}' belongs to the deployment of that name and goes away with it.",
-            hint=f"nimhost inference deployments delete {owner.name} --workspace {owner.workspace}",
-        )
-    users = await users_of(entity, db)
-    if users:
-        raise InUse(_in_use(entity, users), hint=f"Used by: {', '.join(users)}. Delete or change them first.")
-
-
-def _in_use(entity: Entity, users: list[str]) -> str:
-    if entity.kind == "deployment-configs":
-        return (
-            f"Cannot delete ModelDeploymentConfig '{entity.ref}' because {len(users)} ModelDeployment(s) still"
-            " reference it and are not in DELETED status. Delete the dependent deployments first."
-            f" Users: {', '.join(users)}"
-        )
-    name = entity.ref if entity.workspace else entity.name
-    return f"{KINDS[entity.kind].label} '{name}' is in use by {', '.join(users)}"
-
-
-async def owner_of(provider: Entity, db: Reader) -> Entity | None:
-    """The deployment that a provider was made for."""
-    if provider.wish.model_deployment_id != provider.ref:
-        return None
-    return await db.find("deployments", provider.workspace, provider.name)
-
-
-async def users_of(entity: Entity, db: Reader) -> list[str]:
-    """Who needs it, as `kind workspace/name`. Deployments that are going away need nothing any more."""
-    match entity.kind:
-        case "secrets":
-            return [
-                *await _using("providers", db, lambda e: e.wish.api_key_secret_name, entity),
-                *await _using("filesets", db, _secret_of, entity),
-            ]
-        case "filesets":
-            return await _using("models", db, lambda e: e.wish.fileset, entity)
-        case "models":
-            return await _using("deployment-configs", db, lambda e: e.wish.model_entity_id, entity)
-        case "deployment-configs":
-            return await _using("deployments", db, lambda e: None if e.wish.deleting else e.wish.config, entity)
-        case "workspaces":
-            return [
-                _called(e)
-                for kind in KINDS
-                if kind != "workspaces"
-                for e in await db.all(kind)
-                if e.workspace == entity.name
-            ]
-    return []
-
-
-async def _using(kind: str, db: Reader, ref: Callable[[Entity], str | None], used: Entity) -> list[str]:
-    """Entities of a kind whose reference (`name` in their own workspace, or `workspace/name`) means `used`."""
-    found = []
-    for entity in await db.all(kind):
-        text = ref(entity)
-        if text is not None and (text if "/" in text else f"{entity.workspace}/{text}") == used.ref:
-            found.append(_called(entity))
-    return found
-
-
-def _secret_of(fileset: Entity) -> str | None:
-    match fileset.wish.storage:
-        case HuggingFaceStorage(token_secret=ref):
-            return ref
-        case NgcStorage(api_key_secret=ref):
-            return ref
-    return None
-
-
-def _called(entity: Entity) -> str:
-    return f"{KINDS[entity.kind].label.lower()} {entity.ref}"

@@ -7,7 +7,9 @@ from typing import Any
 
 from msgspec import Struct, to_builtins
 
-from nimhost.entities import KINDS, Entity, Kind, LocalStorage, Model
+from nimhost.entities import Entity, LocalStorage, Model
+from nimhost.kinds import KINDS, Kind
+from nimhost.models.spec import with_spec
 
 Json = dict[str, Any]
 
@@ -22,11 +24,14 @@ class Facts(Struct, frozen=True, kw_only=True):
     directory: str | None = None
     """Of a fileset that nimhost keeps."""
     hub_endpoint: str | None = None
+    adapters: tuple[Entity, ...] = ()
+    """Of a model."""
 
 
 def show(entity: Entity, facts: Facts | None = None, *, nulls: bool = True) -> Json:
     """The entity as clients see it; without its null fields unless `nulls`. What users wrote freely stays as it is."""
     kind = KINDS[entity.kind]
+    entity = with_spec(entity) if entity.kind == "models" else entity
     facts = facts or Facts()
     body = _identity(entity, kind) | to_builtins(entity.wish)
     for key, value in to_builtins(entity.status).items():
@@ -38,6 +43,8 @@ def show(entity: Entity, facts: Facts | None = None, *, nulls: bool = True) -> J
         body[key] = body[key] or ""
     body |= kind.fixed
     _adjust(body, entity, facts)
+    if entity.kind == "models":
+        body["adapters"] = [show(adapter, nulls=nulls) for adapter in facts.adapters]
     return body if nulls else _without_nulls(body, entity)
 
 
@@ -79,10 +86,14 @@ def _adjust(body: Json, entity: Entity, facts: Facts) -> None:
         case "deployments":
             body["config_version"] = entity.wish.config_version or facts.config_version
             body["progress"] = facts.progress
+            if warnings := (entity.status.run.resolved or {}).get("warnings"):
+                body["warnings"] = warnings
         case "filesets" if isinstance(entity.wish.storage, LocalStorage) and not entity.wish.storage.path:
             body["storage"]["path"] = facts.directory
         case "filesets" if "endpoint" in body["storage"]:
             body["storage"]["endpoint"] = body["storage"]["endpoint"] or facts.hub_endpoint
+        case "virtual-models":
+            body["entity_id"] = entity.id
         case "models":
             _mask_model(body, entity.wish, facts.verbose)
 

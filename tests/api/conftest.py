@@ -12,13 +12,18 @@ import httpx
 import pytest
 from starlette.responses import PlainTextResponse
 
+from nimhost.api.access import TokenTable
 from nimhost.api.app import control_plane, entry
 from nimhost.api.parts import CheckDeployment, Parts
 from nimhost.config import Settings
 from nimhost.entities import Entity
 from nimhost.host.files import FileStorage
+from nimhost.host.hub_files import HubFiles
 from nimhost.host.vault import Vault
 from nimhost.store import Store
+from nimhost.store.tokens import stored_tokens
+from nimhost.tokens import parse_entries
+from tests.contract.described import as_described
 
 Json = dict[str, Any]
 BASE_URL = "http://127.0.0.1:8080"
@@ -100,7 +105,11 @@ async def gateway(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def open_world(
-    directory: Path, settings: Settings | None = None, check: CheckDeployment | None = None
+    directory: Path,
+    settings: Settings | None = None,
+    check: CheckDeployment | None = None,
+    vault: Vault | None = None,
+    hub: HubFiles | None = None,
 ) -> AsyncIterator[World]:
     settings = settings or Settings()
     store = await Store.open(directory / "nimhost.db")
@@ -109,15 +118,19 @@ async def open_world(
     host = FakeHost()
     parts = Parts(
         store=store,
-        vault=Vault.load(directory / "key"),
+        vault=vault or Vault.load(directory / "key"),
         files=files,
         settings=settings,
         host=host,
         check_deployment=check,
+        hub=hub,
+        tokens=TokenTable(parse_entries(settings.server.api_tokens), await stored_tokens(store)),
     )
-    transport = httpx.ASGITransport(entry(control_plane(parts), gateway, settings))
+    transport = httpx.ASGITransport(entry(control_plane(parts), gateway, settings, parts.tokens))
     try:
-        async with httpx.AsyncClient(transport=transport, base_url=BASE_URL) as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url=BASE_URL, event_hooks={"response": [as_described]}
+        ) as client:
             yield World(parts, client, host)
     finally:
         files.close()

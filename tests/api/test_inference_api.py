@@ -168,6 +168,12 @@ async def test_a_provider_status_is_changed_in_parts(world: World) -> None:
     assert (body["status"], body["status_message"], body["served_models"]) == ("READY", "", served)
     assert (await world("PUT", path, {"status": "BROKEN"})).status_code == 422
     assert (await world("PUT", path, {"served_models": [{"x": 1}]})).status_code == 422
+    short = [{"model_entity_id": "m", "served_model_name": "m"}]
+    assert (await world("PUT", path, {"served_models": short})).json()["served_models"] == served
+    for wrong in ("", "/m", "default/"):
+        body = {"served_models": [{"model_entity_id": wrong, "served_model_name": "m"}]}
+        assert (await world("PUT", path, body)).status_code == 422
+    assert (await world("PUT", path, {"status_message": "x" * 1001})).status_code == 422
     assert (await world("PUT", f"{MODELS}/providers/nope/status", {})).status_code == 404
 
 
@@ -175,3 +181,71 @@ async def test_a_provider_status_is_changed_in_parts(world: World) -> None:
 async def test_nothing_is_known_about_a_deployment_that_is_not_there(world: World, rest: str) -> None:
     reply = await world("GET", f"{MODELS}/deployments/nope/{rest}")
     assert (reply.status_code, reply.json()["detail"]) == (404, "Deployment 'default/nope' not found")
+
+
+async def test_a_deployment_status_is_set_with_its_history(deployed: World) -> None:
+    path = f"{DEPLOYMENT}/status"
+    body = (await deployed("POST", path, {"status": "PENDING", "status_message": "loads"})).json()
+    assert (body["status"], body["status_message"], body["model_provider_id"]) == ("PENDING", "loads", "default/dd")
+    again = (await deployed("POST", f"{path}?version=1", {"status": "PENDING", "status_message": "loads"})).json()
+    assert [h["status"] for h in again["status_history"]] == ["CREATED", "PENDING"]
+    body = (await deployed("POST", path, {"status": "READY", "model_provider_id": "default/other"})).json()
+    assert (body["status"], body["status_message"], body["model_provider_id"]) == ("READY", "", "default/other")
+    assert body["status_history"][-1]["status"] == "READY"
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "status"),
+    [
+        ("", {}, 422),
+        ("", {"status": "FINE"}, 422),
+        ("", {"status": "READY", "status_message": "x" * 1001}, 422),
+        ("", {"status": "READY", "reason": "x"}, 422),
+        ("?version=2", {"status": "READY"}, 404),
+        ("?version=x", {"status": "READY"}, 422),
+        ("?version=0", {"status": "READY"}, 422),
+    ],
+)
+async def test_a_wrong_deployment_status_is_refused(
+    deployed: World, query: str, body: dict[str, str], status: int
+) -> None:
+    assert (await deployed("POST", f"{DEPLOYMENT}/status{query}", body)).status_code == status
+    assert (await deployed("GET", DEPLOYMENT)).json()["status"] == "CREATED"
+
+
+async def test_a_deployment_that_is_being_deleted_can_only_become_deleted(deployed: World) -> None:
+    await deployed("DELETE", DEPLOYMENT)
+    refused = await deployed("POST", f"{DEPLOYMENT}/status", {"status": "READY"})
+    assert (refused.status_code, refused.json()["detail"]) == (409, "Deployment 'default/dd' is being deleted.")
+    assert (await deployed("POST", f"{DEPLOYMENT}/status", {"status": "DELETED"})).status_code == 200
+
+
+async def test_every_version_is_listed_by_itself_and_all_of_them_in_lists_when_asked(deployed: World) -> None:
+    await deployed("POST", DEPLOYMENT, {"config": "cfg", "config_version": 1, "project": "pp"})
+    await deployed.make(f"{MODELS}/deployments", name="d2", config="cfg")
+    versions = (await deployed("GET", f"{DEPLOYMENT}/versions")).json()
+    assert [(v["entity_version"], v["project"]) for v in versions] == [(2, "pp"), (1, None)]
+    assert (await deployed("GET", f"{DEPLOYMENT}/versions/1")).json() == versions[1]
+    latest = (await deployed("GET", f"{MODELS}/deployments?sort=name")).json()
+    assert [(d["name"], d["entity_version"]) for d in latest["data"]] == [("d2", 1), ("dd", 2)]
+    every = (await deployed("GET", f"{MODELS}/deployments?sort=-updated_at&all_versions=true&page_size=2")).json()
+    assert [(d["name"], d["entity_version"]) for d in every["data"]] == [("d2", 1), ("dd", 2)]
+    assert every["pagination"]["total_results"] == 3
+    one = (await deployed("GET", f"{MODELS}/deployments?all_versions=true&filter[project]=pp")).json()["data"]
+    assert [(d["name"], d["entity_version"]) for d in one] == [("dd", 2)]
+    for wrong, status in (("9", 404), ("x", 400), ("0", 404), ("9" * 30, 404)):
+        assert (await deployed("GET", f"{DEPLOYMENT}/versions/{wrong}")).status_code == status
+
+
+async def test_an_old_version_goes_unless_it_runs(deployed: World) -> None:
+    config = f"{MODELS}/deployment-configs/cfg"
+    body = {"engine": "nim", "model_spec": {}, "executor_config": {"gpu": 0}}
+    for _ in range(2):
+        await deployed("POST", config, body)
+    await deployed("POST", DEPLOYMENT, {"config": "cfg", "config_version": 2})
+    used = await deployed("DELETE", f"{config}/versions/2")
+    assert (used.status_code, "default/dd" in used.json()["detail"]) == (409, True)
+    assert (await deployed("DELETE", f"{config}/versions/3")).status_code == 409
+    assert (await deployed("DELETE", f"{config}/versions/1")).status_code == 204
+    assert [v["entity_version"] for v in (await deployed("GET", f"{config}/versions")).json()] == [3, 2]
+    assert (await deployed("DELETE", f"{DEPLOYMENT}/versions/1")).status_code == 202

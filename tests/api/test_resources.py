@@ -10,20 +10,31 @@ import pytest
 
 from nimhost.config import Files, Settings, ToolCallPlugin
 from nimhost.config import Models as ModelsTable
-from nimhost.entities import KINDS, Entity, ProviderStatus, ServedModel
-from nimhost.errors import InvalidRequest, NotFound
+from nimhost.entities import Entity, ProviderStatus, ServedModel
+from nimhost.errors import InvalidRequest
+from nimhost.kinds import KINDS
 from tests.api.conftest import FILESETS, MODELS, SECRETS, WORKSPACES, World, open_world
 
 CONFIGS, DEPLOYMENTS, PROVIDERS = (f"{MODELS}/{kind}" for kind in ("deployment-configs", "deployments", "providers"))
 BODIES: dict[str, dict[str, Any]] = {
     "workspaces": {"description": "d"},
+    "projects": {"description": "d"},
     "secrets": {"value": "canary-value"},
     "filesets": {},
     "models": {},
+    "adapters": {"model": "base", "fileset": "lora", "finetuning_type": "lora"},
     "deployment-configs": {"engine": "vllm", "model_spec": {}, "executor_config": {"gpu": 1}},
     "deployments": {"config": "cfg"},
     "providers": {"host_url": "http://127.0.0.1:9/v1"},
+    "virtual-models": {"default_model_entity": "default/base"},
 }
+
+
+async def make_adapter_parts(world: World) -> None:
+    """A model `base`, and a fileset `lora` that is not empty."""
+    await world.make(f"{MODELS}/models", name="base")
+    await world.make(FILESETS, name="lora")
+    await world("PUT", f"{FILESETS}/lora/-/adapter_config.json", content=b"{}")
 
 
 def without_nulls(value: Any) -> Any:
@@ -32,6 +43,7 @@ def without_nulls(value: Any) -> Any:
 
 async def test_every_kind_is_created_read_listed_and_deleted_with_the_codes_of_the_wire(world: World) -> None:
     await world.make_config()
+    await make_adapter_parts(world)
     for key, kind in KINDS.items():
         path = kind.path("default")
         name = f"thing-{key}"
@@ -48,7 +60,8 @@ async def test_every_kind_is_created_read_listed_and_deleted_with_the_codes_of_t
         assert (again.status_code, again.headers["x-should-retry"]) == (409, "false")
         assert again.headers["x-nimhost-error"] == "AlreadyExists"
         gone = await world("DELETE", f"{path}/{name}")
-        assert gone.status_code == {"workspaces": 200, "filesets": 200, "deployments": 202}.get(key, 204), gone.text
+        codes = {"workspaces": 200, "projects": 200, "filesets": 200, "deployments": 202}
+        assert gone.status_code == codes.get(key, 204), gone.text
         if key != "deployments":
             missing = await world("GET", f"{path}/{name}")
             assert (missing.status_code, missing.json()) == (404, {"detail": str(kind.not_found("default", name))})
@@ -132,6 +145,18 @@ async def test_of_many_creates_of_one_name_exactly_one_wins(world: World) -> Non
             {"name": "cc", "engine": "nim", "model_spec": {"lora_enabled": "yes"}, "executor_config": {"gpu": 1}},
             ["body", "model_spec", "lora_enabled"],
             "Expected `bool`",
+        ),
+        (
+            PROVIDERS,
+            {"name": "pp", "host_url": "http://" + "x" * 2048},
+            ["body", "host_url"],
+            "String should have at most 2048 characters",
+        ),
+        (
+            CONFIGS,
+            {"name": "cc", "engine": "nim", "model_spec": {"model_name": "x" * 256}, "executor_config": {"gpu": 0}},
+            ["body", "model_spec", "model_name"],
+            "String should have at most 255 characters",
         ),
         (SECRETS, {"name": "ss", "value": ""}, ["body", "value"], "should not be empty"),
         (SECRETS, {"name": "ss", "value": "\n"}, ["body", "value"], "should not be empty"),
@@ -275,13 +300,13 @@ async def test_filters_in_both_syntaxes_and_across_workspaces(world: World) -> N
 
 async def test_a_patch_changes_what_it_names_and_null_clears(world: World) -> None:
     path = f"{MODELS}/models"
-    await world.make(path, name="mm", description="d", backend_format="OPENAI_CHAT", trust_remote_code=True)
+    await world.make(path, name="mm", description="d", backend_format="OPENAI_CHAT", custom_fields={"a": 1})
     changed = await world("PATCH", f"{path}/mm", {"backend_format": None, "project": "p"})
     assert changed.status_code == 200
     body = changed.json()
     assert (body["description"], body["backend_format"], body["project"]) == ("d", None, "p")
-    assert body["trust_remote_code"] is True
-    assert (await world("PATCH", f"{path}/mm", {"trust_remote_code": None})).json()["trust_remote_code"] is False
+    assert body["custom_fields"] == {"a": 1}
+    assert (await world("PATCH", f"{path}/mm", {"custom_fields": None})).json()["custom_fields"] == {}
     assert (await world("PATCH", f"{path}/mm", {"descriptoin": "x"})).status_code == 422
     assert (await world("PATCH", f"{path}/nope", {})).status_code == 404
 
@@ -479,7 +504,7 @@ async def test_a_config_that_makes_no_sense_is_refused(
 async def test_a_plugin_is_allowed_where_the_setting_allows_it(tmp_path: Path) -> None:
     settings = Settings(models=ModelsTable(tool_call_plugin=ToolCallPlugin(enabled=True)))
     async with open_world(tmp_path, settings) as world:
-        await world.make_config(model_spec={"tool_call_config": {"tool_call_plugin": "default/p"}})
+        await world.make_config(model_spec={"tool_call_config": {"tool_call_plugin": "default/pp"}})
 
 
 @pytest.mark.parametrize(
@@ -581,7 +606,7 @@ async def test_an_update_makes_a_version_and_keeps_what_it_does_not_name(world: 
 async def test_what_the_machine_cannot_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     seen: list[Entity] = []
 
-    async def check(config: Entity) -> None:
+    async def check(config: Entity, force: bool) -> None:
         seen.append(config)
         if config.wish.executor_config.gpu > 1:
             raise InvalidRequest.field("needs 4 GPUs, this machine has 1", "executor_config", "gpu")
@@ -635,14 +660,3 @@ async def test_deleting_a_fileset_removes_its_files_and_a_new_one_of_that_name_i
     (base / "left-over").touch()
     await world.make(FILESETS, name="ff")
     assert (await world("GET", f"{FILESETS}/ff/files")).json() == {"data": []}
-
-
-async def test_a_workspace_goes_when_it_is_empty(world: World) -> None:
-    await world.make(WORKSPACES, name="ws1")
-    await world.make("/apis/models/v2/workspaces/ws1/models", name="mm")
-    reply = await world("DELETE", f"{WORKSPACES}/ws1")
-    assert (reply.status_code, "model ws1/mm" in reply.json()["detail"]) == (409, True)
-    await world("DELETE", "/apis/models/v2/workspaces/ws1/models/mm")
-    assert (await world("DELETE", f"{WORKSPACES}/ws1")).json()["message"] == "Workspace marked for deletion"
-    with pytest.raises(NotFound):
-        await world.store.get("workspaces", "", "ws1")
