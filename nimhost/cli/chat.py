@@ -122,10 +122,13 @@ def one_shot(talk: Talk, messages: Messages, thinking: bool) -> None:
 
 
 def receive(answer: Answer, chunks: Any, printer: Printer) -> None:
-    for chunk in chunks:
-        printer.show(answer.feed(chunk))
-    printer.show(answer.end())
-    printer.end()
+    """Also an answer that ends early ends its line."""
+    try:
+        for chunk in chunks:
+            printer.show(answer.feed(chunk))
+        printer.show(answer.end())
+    finally:
+        printer.end()
 
 
 class Printer:
@@ -136,7 +139,7 @@ class Printer:
         self._quiet = quiet
         self._terminal = sys.stdout.isatty()
         self._waiting = False
-        self._last: str | None = None
+        self._last: Piece | None = None
 
     def show(self, pieces: Sequence[Piece]) -> None:
         if self._quiet:
@@ -146,14 +149,14 @@ class Printer:
                 self._sign(True)
                 continue
             self._sign(False)
-            if kind == "content" and self._last == "thinking":
-                click.echo("\n")
+            if self._last and self._last.kind == "thinking" and kind == "content":
+                click.echo("" if self._last.text.endswith("\n") else "\n")
             self._print(kind, text)
-            self._last = kind
+            self._last = Piece(kind, text)
 
     def end(self) -> None:
-        if not self._quiet:
-            self._sign(False)
+        self._sign(False)
+        if self._last:
             click.echo()
 
     def _print(self, kind: str, text: str) -> None:

@@ -70,7 +70,8 @@ def mask(token: str | None) -> str | None:
     """Enough of a token to tell two apart, and no more."""
     if not token:
         return None
-    return f"{token[:4]}…" if len(token) >= 16 else "…"
+    shown = 12 if token.startswith("nimhost_") else 4
+    return f"{token[:shown]}…" if len(token) >= shown + 12 else "…"
 
 
 @click.command()

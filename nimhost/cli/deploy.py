@@ -5,62 +5,31 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nimhost.cli import entities
-from nimhost.cli.entities import Options, Wanted, differences, entities_for
-from nimhost.cli.options import address_options, complete_deployment, format_option, open_client, output_format
-from nimhost.cli.target import name_for, parse_target
+from nimhost.cli.entities import Wanted, differences, entities_for
+from nimhost.cli.model_options import model_options, options_of
+from nimhost.cli.options import address_options, format_option, open_client
+from nimhost.cli.target import parse_target
 from nimhost.errors import AlreadyExists, Conflict, NimhostError, NotFound
 
 if TYPE_CHECKING:
+    from nimhost.cli.progress import Outcome
     from nimhost.client import Client
-
-ENGINES = get_args(entities.Engine)
-
-
-def _env(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """`K=V`, or `K` alone: its value in this command's own environment."""
-    env = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not name or not (equals or name in os.environ):
-            raise click.BadParameter(f"'{text}' is neither NAME=VALUE nor the name of a variable that is set here.")
-        env[name] = value if equals else os.environ[name]
-    return env
 
 
 @click.command()
 @click.argument("model")
-@click.option("--engine", type=click.Choice(ENGINES), help="[default: vllm; nim for an image]")
-@click.option("--gpu", "gpus", type=click.IntRange(0), default=1, show_default=True, help="How many GPUs it gets.")
-@click.option("--name", shell_complete=complete_deployment, help="Name of the deployment.  [default: made from MODEL]")
-@click.option("--image", metavar="NAME:TAG", help="Image of the engine, instead of the daemon's default.")
-@click.option("--arg", "args", multiple=True, metavar="ARG", help="One more argument for the engine. Repeatable.")
-@click.option("--env", multiple=True, callback=_env, metavar="K=V", help="Environment of the engine. Repeatable.")
-@click.option("--health-path", metavar="PATH", help="Path that answers 200 when the engine is ready.")
-@click.option("--hf-token-secret", metavar="SECRET", help="Secret with the hub's token, for gated repositories.")
+@model_options
 @click.option("--update", is_flag=True, help="Change what is already deployed under this name.")
+@click.option("--force", is_flag=True, help="Try it although the sum says that it does not fit.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is ready.")
 @click.option("--timeout", "timeout_s", type=float, metavar="SECONDS", help="Wait no longer than this (exit 1).")
 @format_option("table", "json", "yaml", "raw")
 @address_options
-def deploy(
-    model: str,
-    engine: entities.Engine | None,
-    gpus: int,
-    name: str | None,
-    image: str | None,
-    args: tuple[str, ...],
-    env: dict[str, str],
-    health_path: str | None,
-    hf_token_secret: str | None,
-    update: bool,
-    no_wait: bool,
-    timeout_s: float | None,
-) -> None:
+def deploy(model: str, update: bool, force: bool, no_wait: bool, timeout_s: float | None, **asked: Any) -> None:
     """Run a model on this machine's GPUs and follow it until it is ready.
 
     MODEL is a repository of the model hub (Qwen/Qwen3-1.7B, or with a revision: Qwen/Qwen3-1.7B@main), a local
@@ -75,61 +44,65 @@ def deploy(
       nimhost deploy ./my-finetune --name mine
       nimhost deploy nvcr.io/nim/meta/llama-3.2-1b-instruct:1.8.6
     """
-    from nimhost.cli.progress import follow
+    from nimhost.cli.progress import follow, show_result
 
     target = parse_target(model, os.path.isdir(os.path.expanduser(model)))
     with open_client() as client:
-        options = Options(
-            name=name or name_for(target), workspace=client.workspace, engine=engine, gpus=gpus, image=image, args=args,
-            env=env, health_path=health_path, token_secret=hf_token_secret,
-        )  # fmt: skip
-        new = bring_about(client, options.name, entities_for(target, options), update)
+        options = options_of(target, client.workspace, {**asked, "force": force})
+        outcome = bring_about(client, options.name, entities_for(target, options), update)
         if no_wait:
-            click.echo(f"{'Deploying' if new else 'Already deployed:'} {options.name}. "
-                       f"Follow it with: nimhost wait {options.name}")  # fmt: skip
-            return
-        follow(
-            client, options.name, timeout_s=math.inf if timeout_s is None else timeout_s, new=new,
-            output_format=output_format("table", "json", "yaml", "raw"),
-        )  # fmt: skip
+            begun = "Deploying" if outcome else "Already deployed:"
+            said = f"{begun} {options.name}. Follow it with: nimhost wait {options.name}"
+            show_result(client, options.name, lambda: said)
+        else:
+            follow(client, options.name, outcome, math.inf if timeout_s is None else timeout_s)
 
 
-def bring_about(client: Client, name: str, wanted: list[Wanted], update: bool) -> bool:
-    """Create what is missing, accept what is equal, change the rest if `update`. Returns whether anything was done.
+def bring_about(client: Client, name: str, wanted: list[Wanted], update: bool) -> Outcome:
+    """Create what is missing, accept what is equal, change the rest if `update`. Returns what became of the last one.
 
     What this call created goes away again if a later part is refused, so that the next attempt does not stumble over
     it. Raises AlreadyExists when something different is there and may not be changed.
     """
     created: list[Any] = []
+    outcome: Outcome = ""
     changed = False
     try:
         for want in wanted:
-            changed = _ensure(client, name, want, update, changed, created) or changed
+            outcome = _ensure(client, name, want, update, changed)
+            changed = changed or outcome != ""
+            if outcome == "created":
+                created.append(getattr(client, want.resource))
     except (NimhostError, KeyboardInterrupt):
         for resource in reversed(created):
             _discard(resource, name)
         raise
-    return changed
+    return outcome
 
 
-def _ensure(client: Client, name: str, want: Wanted, update: bool, changed: bool, created: list[Any]) -> bool:
+def _ensure(client: Client, name: str, want: Wanted, update: bool, changed: bool) -> Outcome:
+    """`changed`: something beneath it was created or updated just now."""
     resource = getattr(client, want.resource)
     found = _find(client, want, name)
     if found is None:
         resource.create(name, **want.body())
-        created.append(resource)
-        return True
+        return "created"
     different = differences(want.fields, found)
     if different and not update:
         what = f"{resource.kind.label} '{name}' exists and is different: {'; '.join(different)}."
         raise AlreadyExists(what, f"Add --update to change it, --name to deploy beside it, or: nimhost rm {name}")
-    if different or (changed and want.resource == "deployments"):  # a new version follows what changed beneath it
+    if different or (changed and want.resource == "deployments"):
         resource.update(name, **want.body())
-        return True
-    if found.get("desired") == "stopped" or found.get("status") == "ERROR":
+        return "updated"
+    return "started" if want.resource == "deployments" and revive(client, name, found) else ""
+
+
+def revive(client: Client, name: str, found: Any) -> bool:
+    """Start a deployment that is stopped or has failed; whether it was."""
+    idle = bool(found["status"] == "ERROR" or found.get("desired") == "stopped")
+    if idle:
         client.deployments.start(name)
-        return True
-    return False
+    return idle
 
 
 def _find(client: Client, want: Wanted, name: str) -> Any:

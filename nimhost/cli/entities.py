@@ -20,11 +20,13 @@ class Options(Struct, frozen=True, kw_only=True):
     workspace: str
     engine: Engine | None = None
     gpus: int = 1
+    gpu_memory_gib: float | None = None
     image: str | None = None
     args: tuple[str, ...] = ()
     env: dict[str, str] = {}
     health_path: str | None = None
     token_secret: str | None = None
+    force: bool = False
 
 
 class Wanted(Struct, frozen=True):
@@ -49,7 +51,7 @@ def entities_for(target: Target, options: Options) -> list[Wanted]:
         Wanted("models", {"fileset": ref}, comment),
     ]  # fmt: skip
     config = Wanted("deployment_configs", _config(target, options), comment)
-    return [*weights, config, Wanted("deployments", {"config": options.name})]
+    return [*weights, config, Wanted("deployments", {"config": options.name, "force": options.force or None})]
 
 
 def _shown(target: Target) -> str:
@@ -90,6 +92,7 @@ def _config(target: Target, options: Options) -> dict[str, Any]:
         raise BadRequest("A generic engine is an image and the path that says it is ready.", f"Add: {missing}")
     executor = {
         "gpu": options.gpus,
+        "gpu_memory_gib": options.gpu_memory_gib,
         "image_name": image,
         "image_tag": tag,
         "health_check_path": options.health_path,

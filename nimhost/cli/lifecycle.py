@@ -47,10 +47,11 @@ def start(names: tuple[str, ...], no_wait: bool) -> None:
     Example:
       nimhost start qwen-qwen3-1-7b
     """
+    from nimhost.cli.deploy import revive
     from nimhost.cli.progress import follow
 
     with open_client() as client:
-        _each(names, lambda name: client.deployments.start(name))
+        _each(names, lambda name: revive(client, name, client.deployments.get(name)))
         if not no_wait:
             _each(names, lambda name: follow(client, name))
 

@@ -25,6 +25,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "deploy": Entry(
             "nimhost.cli.deploy:deploy", "Run a model, a local directory or an image on this machine's GPUs."
         ),
+        "plan": Entry("nimhost.cli.plan:plan", "Show what a model would take here, without deploying it."),
         "chat": Entry("nimhost.cli.chat:chat", "Talk to a model."),
     },
     "Look after them": {
@@ -34,8 +35,19 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "stop": Entry("nimhost.cli.lifecycle:stop", "Stop deployments and free their GPUs."),
         "start": Entry("nimhost.cli.lifecycle:start", "Start stopped deployments, or try failed ones again."),
         "rm": Entry("nimhost.cli.lifecycle:rm", "Remove deployments."),
+        "gpus": Entry("nimhost.cli.gpus:gpus", "Show the GPUs, and who uses them."),
+    },
+    "What there is": {
+        "models": Entry("nimhost.cli.resources:group", "Models, and their adapters."),
+        "adapters": Entry("nimhost.cli.resources:group", "LoRA adapters."),
+        "files": Entry("nimhost.cli.resources:group", "Filesets, and the files in them."),
+        "secrets": Entry("nimhost.cli.resources:group", "Keys and tokens."),
+        "inference": Entry("nimhost.cli.resources:group", "Deployments, configs, providers, and requests to them."),
+        "workspaces": Entry("nimhost.cli.resources:group", "Workspaces."),
+        "projects": Entry("nimhost.cli.resources:group", "Projects."),
     },
     "Set up": {
+        "tokens": Entry("nimhost.cli.tokens:tokens", "Make, list and revoke API tokens."),
         "config": Entry("nimhost.cli.config:config", "Show or change where this command finds the daemon."),
         "completion": Entry("nimhost.cli.completion:completion", "Print the completion script of a shell."),
         "version": Entry("nimhost.cli.config:version", "Print the version."),

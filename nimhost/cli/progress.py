@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from nimhost.cli.options import settings
-from nimhost.cli.output import print_value
+from nimhost.cli.options import output_format, settings
+from nimhost.cli.output import FORMATS, print_value
 from nimhost.cli.stages import Stage, View, clock, describe, fold, fraction, plain_lines
 from nimhost.client.resources import POLL_S, gateway_path
 from nimhost.errors import NotFound, NotReady, UpstreamError, UpstreamTimeout
@@ -27,39 +27,58 @@ QUIET_S = 10.0
 PATIENCE_S = 60.0
 """How long a daemon may be away before the watching ends. The deployment does not need us."""
 BAR_WIDTH = 24
+RUNNING = "Container is running and ready"
+STALE = "Serving the previous version"
+"""How the message begins when an update has succeeded, and when it cannot."""
+Outcome = Literal["created", "updated", "started", ""]
 
 
-def follow(
-    client: Client, name: str, *, timeout_s: float = math.inf, new: bool = True, output_format: str = "table"
-) -> None:
-    """Returns when it is READY. Raises NotReady with the cause, UpstreamTimeout, or Exit(130) on Ctrl-C."""
+def follow(client: Client, name: str, outcome: Outcome = "started", timeout_s: float = math.inf) -> None:
+    """Returns when it is READY. Raises NotReady with the cause, UpstreamTimeout, or Exit(130) on Ctrl-C.
+
+    `outcome`: what was done to it before; an updated one must have replaced its engine.
+    """
     began = time.monotonic()
-    report = sys.stdout if output_format == "table" else sys.stderr
+    report = sys.stdout if output_format(*FORMATS) == "table" else sys.stderr
     try:
         with live(report) if report.isatty() else plain(report) as show:
-            view = _watch(client, name, began + timeout_s, show)
+            view = _watch(client, name, began + timeout_s, show, outcome)
     except KeyboardInterrupt:
         click.echo(f"\n{name} goes on without this command.\n{_what_next(name)}", err=True)
         raise click.exceptions.Exit(130) from None
     except UpstreamTimeout as error:
         raise UpstreamTimeout(f"{name} is not ready after {timeout_s:g} s.", _what_next(name)) from error
-    if view.status != "READY":
+    if view.status != "READY" or view.status_message.startswith(STALE):
         raise _failure(name, view)
-    if output_format != "table":
-        print_value(client.deployments.get(name), output_format)
-        return
-    took = f" after {clock(time.monotonic() - began)}" if new else " already"
-    click.echo(f"{click.style(f'{name} is READY', fg='green')}{took}.\n{how_to_use(client, name)}")
+    took = f"after {clock(time.monotonic() - began)}" if outcome else "already"
+    ready = click.style(f"{name} is READY", fg="green")
+    show_result(client, name, lambda: f"{ready} {took}.\n{how_to_use(client, name)}")
 
 
-def _watch(client: Client, name: str, deadline: float, show: Callable[[View], None]) -> View:
+def show_result(client: Client, name: str, text: Callable[[], str]) -> None:
+    """The text for people; the deployment itself for programs."""
+    wanted = output_format(*FORMATS)
+    if wanted == "table":
+        click.echo(text())
+    else:
+        print_value(client.deployments.get(name), wanted)
+
+
+def _watch(client: Client, name: str, deadline: float, show: Callable[[View], None], outcome: Outcome) -> View:
     view = View()
     for snapshot in snapshots(client, name, deadline):
         view = fold(view, snapshot, time.monotonic())
         show(view)
-        if view.status in ("READY", "ERROR", "LOST", "DELETING", "DELETED") or view.desired == "stopped":
+        if _is_over(view, outcome):
             break
     return view
+
+
+def _is_over(view: View, outcome: Outcome) -> bool:
+    """While an update is prepared, the previous version goes on serving: that READY is not the one to wait for."""
+    if view.status == "READY" and outcome == "updated":
+        return view.status_message.startswith((RUNNING, STALE))
+    return view.status in ("READY", "ERROR", "LOST", "DELETING", "DELETED") or view.desired == "stopped"
 
 
 def snapshots(client: Client, name: str, deadline: float) -> Iterator[Any]:

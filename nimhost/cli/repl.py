@@ -62,10 +62,8 @@ def _turn(talk: Talk, messages: Messages, thinking: bool) -> Messages:
         with closing(talk.ask(messages)) as chunks:
             receive(answer, chunks, Printer(thinking))
     except KeyboardInterrupt:
-        click.secho("\n(stopped)", dim=True)
+        click.secho("(stopped)", dim=True)
     except NimhostError as error:
-        if answer.content:
-            click.echo()
         show_error(error)
     if not answer.content:
         return messages[:-1]

@@ -31,15 +31,20 @@ class View(Struct, frozen=True, kw_only=True):
 
 
 def fold(view: View, snapshot: Any, now: float) -> View:
-    """The view after one more snapshot. A stage that is no longer reported is over."""
+    """The view after one more snapshot.
+
+    A download that is no longer reported is over; an engine that is no longer reported is gone, unless it is READY.
+    """
     known = {stage.name: stage for stage in view.stages}
     said = snapshot.get("progress") or {}
-    ready = snapshot["status"] == "READY"
     for name in NAMES:
-        if said.get(name) is not None and not ready:
+        if said.get(name) is not None:
             known[name] = _stage(name, said[name], known.get(name), now)
         elif name in known and known[name].ended_at is None:
-            known[name] = _ended(known[name], now)
+            if name == "engine" and snapshot["status"] != "READY":
+                del known[name]
+            else:
+                known[name] = _ended(known[name], now)
     return View(
         status=snapshot["status"],
         status_message=clean(snapshot.get("status_message") or ""),
@@ -95,8 +100,8 @@ def fraction(stage: Stage) -> float | None:
 def plain_lines(before: View, after: View, now: float) -> list[str]:
     """What is worth a line of its own where lines stay: new messages, and every tenth of a stage."""
     known = {stage.name: stage for stage in before.stages}
-    stages = [s for s in after.stages if s.name not in known or _step(s) != _step(known[s.name])]
-    lines = [f"{stage.name:8}  {describe(stage, now)}" for stage in stages]
+    fresh = [s for s in after.stages if s.name not in known or _step(s) != _step(known[s.name])]
+    lines = [f"{stage.name:8}  {describe(stage, now)}" for stage in fresh if stage.message or stage.total_bytes]
     if (before.status, before.status_message) != (after.status, after.status_message) and after.status != "READY":
         lines.append(f"{after.status:8}  {after.status_message}")
     return lines

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import click
 
 from nimhost.cli.options import address_options, complete_deployment, open_client
-from nimhost.cli.output import clean
+from nimhost.cli.wait_inference import Wait, show
 
 
-@click.command()
+@click.command(cls=Wait)
 @click.argument("name", shell_complete=complete_deployment)
 @click.option("-s", "--status", type=click.Choice(["READY", "DELETED"]), default="READY", show_default=True)
 @click.option("-t", "--timeout", "timeout_s", type=float, metavar="SECONDS", help="Give up after so long (exit 1).")
@@ -26,9 +25,5 @@ def wait(name: str, status: str, timeout_s: float | None) -> None:
     """
     with open_client() as client:
         timeout_s = math.inf if timeout_s is None else timeout_s
-        client.deployments.wait(name, status, timeout_s=timeout_s, on_entry=_show)
+        client.deployments.wait(name, status, timeout_s=timeout_s, on_entry=show)
     click.echo(f"{name} is {'gone' if status == 'DELETED' else status}.")
-
-
-def _show(entry: Any) -> None:
-    click.echo(f"{entry['timestamp'][11:19]}  {entry['status']:8}  {clean(entry['status_message'])}")

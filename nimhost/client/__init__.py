@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from nimhost.errors import Unreachable
+
 if TYPE_CHECKING:
     from nimhost.client.http import AsyncClient, Client
-    from nimhost.client.wire import Record, Unreachable
+    from nimhost.client.wire import Record
 
 __all__ = ["AsyncClient", "Client", "Record", "Unreachable"]
 
-_HOME = {"AsyncClient": "http", "Client": "http", "Record": "wire", "Unreachable": "wire"}
+_HOME = {"AsyncClient": "http", "Client": "http", "Record": "wire"}
 
 
 def __getattr__(name: str) -> object:

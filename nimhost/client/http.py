@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,10 +16,11 @@ import nimhost
 from nimhost.client import settings as client_settings
 from nimhost.client.resources import Resources
 from nimhost.client.streams import MakeDecoder
-from nimhost.client.wire import Done, Flow, Pause, Request, Step, Unreachable, advance, begin, decode, error_from
-from nimhost.errors import BadRequest, NimhostError, UpstreamError, UpstreamTimeout
+from nimhost.client.wire import Done, Flow, Pause, Request, Step, advance, begin, decode, error_from
+from nimhost.errors import BadRequest, NimhostError, Unreachable, UpstreamError, UpstreamTimeout
 
 CONNECT_TIMEOUT_S = 5.0
+UPLOAD_PIECE_BYTES = 1 << 20
 LOOPBACK = ("127.", "localhost", "::1")
 
 
@@ -77,6 +78,25 @@ class _Client(Resources):
         return "Check that it runs there, and --base-url or NIMHOST_BASE_URL."
 
 
+@contextlib.contextmanager
+def opened(path: str | None) -> Iterator[BinaryIO | None]:
+    """The file to send, if there is one. Raises BadRequest when it cannot be read."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = open(path, "rb")  # noqa: SIM115 an error of what happens with it is not one of opening it
+    except OSError as error:
+        raise BadRequest(f"Cannot read {path}: {error.strerror}") from None
+    with file:
+        yield file
+
+
+async def _pieces(file: BinaryIO) -> AsyncIterator[bytes]:
+    while piece := await asyncio.to_thread(file.read, UPLOAD_PIECE_BYTES):
+        yield piece
+
+
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
@@ -115,8 +135,8 @@ class Client(_Client):
         if isinstance(step, Pause):
             return time.sleep(step.duration_s)
         try:
-            with self._translated():
-                reply = self._http.request(**self._arguments(step))
+            with opened(step.upload) as file, self._translated():
+                reply = self._http.request(**self._arguments(step), content=file)
             return decode(reply.status_code, reply.headers, reply.content)
         except NimhostError as error:
             return error
@@ -166,8 +186,8 @@ class AsyncClient(_Client):
         if isinstance(step, Pause):
             return await asyncio.sleep(step.duration_s)
         try:
-            with self._translated():
-                reply = await self._http.request(**self._arguments(step))
+            with opened(step.upload) as file, self._translated():
+                reply = await self._http.request(**self._arguments(step), content=file and _pieces(file))
             return decode(reply.status_code, reply.headers, reply.content)
         except NimhostError as error:
             return error

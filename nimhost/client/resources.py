@@ -2,83 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, Protocol
+from typing import Any
 
-from nimhost.client.streams import Chunks, MakeDecoder, Records, Text
+from nimhost.client.files import Filesets
+from nimhost.client.inference import Models, Providers, gateway_path
+from nimhost.client.resource import POLL_S, Resource, call
+from nimhost.client.streams import Chunks, MakeDecoder, Parts, Records, Text
 from nimhost.client.wire import Flow, Pause, Record, Request, segment
-from nimhost.entities import KINDS, Kind
 from nimhost.errors import NotFound, NotReady, UpstreamError, UpstreamTimeout
+from nimhost.kinds import KINDS
 
-P = ParamSpec("P")
-POLL_S = 0.5
-
-
-class Wire(Protocol):
-    """What a resource needs of the client it belongs to."""
-
-    @property
-    def workspace(self) -> str: ...
-
-    def run(self, flow: Flow[Any]) -> Any: ...
-
-    def stream(self, request: Request, decoder: MakeDecoder) -> Any: ...
-
-
-def call(flow: Callable[Concatenate[Any, P], Flow[Any]]) -> Callable[Concatenate[Any, P], Any]:
-    """A method that runs the flow: it returns the result, or with AsyncClient an awaitable of it."""
-
-    @functools.wraps(flow)
-    def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
-        return self.wire.run(flow(self, *args, **kwargs))
-
-    return method
-
-
-class Resource:
-    """Create, get, list, update, delete. Names may be `name` or `workspace/name`; replies are Records."""
-
-    def __init__(self, kind: Kind, wire: Wire) -> None:
-        self.kind = kind
-        self.wire = wire
-
-    def _path(self, name: str = "", workspace: str | None = None, *more: str) -> str:
-        first, slash, rest = name.partition("/")
-        workspace, name = (first, rest) if slash else (workspace or self.wire.workspace, first)
-        return "/".join((self.kind.path(segment(workspace)), *(segment(part) for part in (name, *more) if part)))
-
-    @call
-    def create(self, /, name: str, *, workspace: str | None = None, **fields: Any) -> Flow[Any]:
-        """Raises AlreadyExists, InvalidRequest, and BadRequest for something it refers to that is not there."""
-        return (yield Request(method="POST", path=self._path("", workspace), body={"name": name, **fields}))
-
-    @call
-    def get(self, /, name: str, *, workspace: str | None = None) -> Flow[Any]:
-        return (yield Request(path=self._path(name, workspace)))
-
-    @call
-    def list(self, /, *, workspace: str | None = None, **query: str) -> Flow[Any]:
-        """All of them, page after page. `query`: `sort`, `filter` and so on; `workspace="-"`: in all workspaces."""
-        found: list[Record] = []
-        page, pages = 1, 1
-        while page <= pages:
-            part = yield Request(path=self._path("", workspace), query={**query, "page": str(page)})
-            found += part["data"]
-            page, pages = page + 1, part["pagination"]["total_pages"]
-        return found
-
-    @call
-    def update(self, /, name: str, *, workspace: str | None = None, **fields: Any) -> Flow[Any]:
-        """Change the fields given (PATCH), replace it (PUT), or make a new version: what the kind does on update."""
-        method = "POST" if self.kind.update == "VERSION" else self.kind.update
-        return (yield Request(method=method, path=self._path(name, workspace), body=fields))
-
-    @call
-    def delete(self, /, name: str, *, workspace: str | None = None) -> Flow[Any]:
-        return (yield Request(method="DELETE", path=self._path(name, workspace)))
+__all__ = ["POLL_S", "Resource", "Resources", "gateway_path"]
 
 
 class Secrets(Resource):
@@ -94,6 +31,11 @@ class Secrets(Resource):
         """The secret with its `value`."""
         return (yield Request(path=self._path(name, workspace, "access")))
 
+    @call
+    def rotate(self) -> Flow[Any]:
+        """Encrypt the secrets of all workspaces anew."""
+        return (yield Request(method="POST", path="/apis/secrets/v2/rotate-encryption-keys"))
+
 
 class Deployments(Resource):
     @call
@@ -104,6 +46,15 @@ class Deployments(Resource):
     def stop(self, name: str, *, workspace: str | None = None) -> Flow[Any]:
         """Remove its containers and keep the deployment."""
         return (yield Request(method="POST", path=self._path(name, workspace, "stop")))
+
+    @call
+    def models(self, name: str, *, workspace: str | None = None) -> Flow[Any]:
+        """What it serves: a Record with `models`."""
+        return (yield Request(path=self._path(name, workspace, "models")))
+
+    @call
+    def update_status(self, /, name: str, *, workspace: str | None = None, **fields: Any) -> Flow[Any]:
+        return (yield Request(method="POST", path=self._path(name, workspace, "status"), body=fields))
 
     @call
     def progress(self, name: str, *, workspace: str | None = None) -> Flow[Any]:
@@ -183,19 +134,28 @@ def _state(found: Record | None) -> str:
     return f"{found['status']}: {found['status_message']}" if found else ""
 
 
-SPECIAL: Mapping[str, type[Resource]] = {"secrets": Secrets, "deployments": Deployments}
+SPECIAL: Mapping[str, type[Resource]] = {
+    "secrets": Secrets,
+    "filesets": Filesets,
+    "models": Models,
+    "deployments": Deployments,
+    "providers": Providers,
+}
 
 
 class Resources:
     """The calls that both clients have: one resource per kind, and chat."""
 
     workspaces: Resource
+    projects: Resource
     secrets: Secrets
-    filesets: Resource
-    models: Resource
+    filesets: Filesets
+    models: Models
+    adapters: Resource
     deployment_configs: Resource
     deployments: Deployments
-    providers: Resource
+    providers: Providers
+    virtual_models: Resource
 
     def __init__(self, workspace: str) -> None:
         self.workspace = workspace
@@ -230,6 +190,14 @@ class Resources:
         body = {"model": body_model, "messages": messages, "stream": True, **options}
         return self.stream(Request(method="POST", path=where, body=body, quiet_s=math.inf), Chunks)
 
+    def gateway(
+        self, route: str, path: str, *, method: str = "POST", body: Any = None, workspace: str | None = None
+    ) -> Any:
+        """An iterator over the Parts of what answers at `path` of a route: `provider/NAME`, `model/NAME`, `openai`."""
+        base = gateway_path(workspace or self.workspace)
+        where = "/".join((base, *map(segment, route.split("/")), "-", segment(path)))
+        return self.stream(Request(method=method, path=where, body=body, quiet_s=math.inf), Parts)
+
 
 def chat_route(model: str, provider: str | None, workspace: str) -> tuple[str, str]:
     """Path of the gateway, and the model to name in the body."""
@@ -239,10 +207,6 @@ def chat_route(model: str, provider: str | None, workspace: str) -> tuple[str, s
     first, slash, rest = model.partition("/")
     workspace, name = (first, rest) if slash else (workspace, first)
     return f"{gateway_path(workspace)}/openai/-/v1/chat/completions", f"{workspace}/{name}"
-
-
-def gateway_path(workspace: str) -> str:
-    return f"/apis/inference-gateway/v2/workspaces/{segment(workspace)}"
 
 
 def _one(request: Request) -> Flow[Any]:

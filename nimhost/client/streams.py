@@ -38,6 +38,39 @@ class Text:
         return [text] if text else []
 
 
+class Bytes:
+    """The reply as it is."""
+
+    def __init__(self, content_type: str) -> None:
+        pass
+
+    def feed(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    def end(self) -> list[bytes]:
+        return []
+
+
+class Part(NamedTuple):
+    content_type: str
+    data: bytes
+
+
+class Parts:
+    """The reply as it is, each piece with the content type of the whole; an empty reply is one empty piece."""
+
+    def __init__(self, content_type: str) -> None:
+        self._content_type = content_type
+        self._fed = False
+
+    def feed(self, data: bytes) -> list[Part]:
+        self._fed = True
+        return [Part(self._content_type, data)]
+
+    def end(self) -> list[Part]:
+        return [] if self._fed else [Part(self._content_type, b"")]
+
+
 class Event(NamedTuple):
     name: str
     data: str

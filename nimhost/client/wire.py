@@ -18,10 +18,6 @@ from nimhost.errors import ERROR_HEADER, InvalidRequest, NimhostError, Problem, 
 T = TypeVar("T")
 
 
-class Unreachable(UpstreamError):
-    """No nimhost answers at the address."""
-
-
 class Record(dict[str, Any]):
     """A JSON object of the daemon's, as it came: `deployment["status"]` and `deployment.status` are the same."""
 
@@ -33,7 +29,7 @@ class Record(dict[str, Any]):
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """One request. `body` is sent as JSON.
+    """One request. `body` is sent as JSON; `upload` is the path of a local file that is sent instead.
 
     `quiet_s`: how long the reply may say nothing before that is a timeout; None: as the client is set.
     """
@@ -42,6 +38,7 @@ class Request(Struct, frozen=True, kw_only=True):
     method: str = "GET"
     query: dict[str, str] = {}
     body: Any = None
+    upload: str | None = None
     quiet_s: float | None = None
 
 

@@ -13,19 +13,21 @@ from tests.cli.terminal import Terminal
 from tests.cli.wire import FakeWire
 
 
-@pytest.fixture
-def wire() -> Iterator[FakeWire]:
-    server = FakeWire()
-    yield server
-    server.close()
-
-
 @pytest.fixture(autouse=True)
-def _settings(wire: FakeWire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the person's who runs the tests."""
     for name in [name for name in os.environ if name.startswith(("NIMHOST_", "NMP_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("NIMHOST_BASE_URL", wire.url)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+@pytest.fixture
+def wire(_settings: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWire]:
+    """A daemon's stand-in, which clients find without being told."""
+    server = FakeWire()
+    monkeypatch.setenv("NIMHOST_BASE_URL", server.url)
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -17,6 +18,11 @@ from tests.support import wait_until
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by what runs in the background of a script, and inherited
+
+
 class Terminal:
     def __init__(self, command: list[str], columns: int = 100) -> None:
         self._main, side = pty.openpty()
@@ -24,7 +30,7 @@ class Terminal:
         env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns)}
         self._process = subprocess.Popen(
             command, stdin=side, stdout=side, stderr=side, env=env, start_new_session=True, close_fds=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )  # fmt: skip
         os.close(side)
         self.raw = ""
@@ -47,6 +53,15 @@ class Terminal:
             return True
 
         wait_until(shown, timeout_s)
+
+    def see_prompt(self, number: int) -> None:
+        """The prompt of that number waits for a line: only then does Ctrl-D mean its end."""
+
+        def shown() -> bool:
+            assert self.text.count("> ") == number, self.text
+            return True
+
+        wait_until(shown, 20)
 
     def type(self, text: str) -> None:
         """`\\x03` is Ctrl-C, `\\x04` Ctrl-D."""

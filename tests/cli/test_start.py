@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,6 @@ HEAVY = {
     "rich",
     "msgspec",
     "asyncio",
-    "aiohttp",
     "docker",
     "starlette",
     "uvicorn",
@@ -144,10 +144,10 @@ def complete(*words: str) -> list[str]:
     }
     done = subprocess.run(
         [sys.executable, "-c", "from nimhost.cli.main import main; main()"],
-        env={**__import__("os").environ, **env}, capture_output=True, text=True, check=False,
+        env={**os.environ, **env}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stderr == ""
-    return done.stdout.split("\n")[1::3]
+    return done.stdout.splitlines()[1::3]
 
 
 def test_names_of_deployments_are_completed(wire: FakeWire) -> None:

@@ -50,6 +50,12 @@ def test_what_is_nothing_to_deploy_says_what_would_be(text: str) -> None:
     assert "Qwen/Qwen3-1.7B" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize("text", ["./gone", "../gone", "/gone", "~/gone"])
+def test_a_directory_that_is_not_there_is_named(text: str) -> None:
+    with pytest.raises(BadRequest, match="There is no directory"):
+        parse_target(text, False)
+
+
 @pytest.mark.parametrize(
     ("target", "name"),
     [
@@ -138,8 +144,8 @@ def test_options_that_do_not_go_together_say_what_would(target: Target, options:
         ({"storage": {"revision": "v2"}}, {"storage": {"revision": "c0ffee", "original_revision": "main"}},
          ["storage.revision: main there, v2 wanted"]),
         ({"config": "n1"}, {"config": "default/n1"}, []),
-        ({"executor_config": {"additional_envs": {"A": "1"}}}, {"executor_config": {"additional_envs": {"A": "1", "B": "2"}}},
-         ["executor_config.additional_envs: {'A': '1', 'B': '2'} there, {'A': '1'} wanted"]),
+        ({"executor_config": {"additional_envs": {"A": "1"}}}, {"executor_config": {"additional_envs": {"B": "2"}}},
+         ["executor_config.additional_envs: {'B': '2'} there, {'A': '1'} wanted"]),
         ({"executor_config": {"additional_envs": {}}}, {"executor_config": {"additional_envs": None}}, []),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from nimhost.entities import KINDS
+from nimhost.kinds import KINDS
 
 Json = dict[str, Any]
 NOW = "2026-01-02T03:04:05.000000Z"
@@ -35,19 +35,24 @@ class Refusal(Exception):
 
 
 class FakeWire:
-    """`script` is played to whoever follows progress: snapshots, and Events to wait for. `answer`: to whoever chats."""
+    """`script` is played to whoever follows progress: snapshots, Events to wait for, and None, which ends it.
+
+    `answer` is played to whoever chats: bytes, Events, and None, which breaks off.
+    """
 
     def __init__(self, port: int = 0) -> None:
         self.rows: dict[tuple[str, str, str], Json] = {}
         self.asked: list[Asked] = []
-        self.script: list[Json | threading.Event] = []
+        self.script: list[Json | threading.Event | None] = []
         self.answer: list[bytes | threading.Event | None] = []
         self.answer_type = "text/event-stream"
         self.logs = b""
+        self.log_end: threading.Event | None = None
         self.refuse: dict[tuple[str, str], Refusal] = {}
         self.left: list[str] = []
         self.has_progress = True
         self.closing = threading.Event()
+        self.successor: FakeWire | None = None
         verbs = {f"do_{verb}": _Handler._answer for verb in ("GET", "POST", "PUT", "PATCH", "DELETE")}
         handler = type("Handler", (_Handler,), {"wire": self, **verbs})
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -57,7 +62,16 @@ class FakeWire:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
 
+    def restart(self) -> FakeWire:
+        """Go away, and come back at the same address with the same rows."""
+        self.close()
+        self.successor = FakeWire(self.port)
+        self.successor.rows.update(self.rows)
+        return self.successor
+
     def close(self) -> None:
+        if self.successor:
+            self.successor.close()
         if not self.closing.is_set():
             self.closing.set()
             self._server.shutdown()
@@ -133,7 +147,11 @@ class _Handler(BaseHTTPRequestHandler):
         if name and row is None:
             raise Refusal(404, "NotFound", f"{KINDS[kind].label} '{workspace}/{name}' not found")
         if action == "logs":
-            return self._stream(asked, "text/plain; charset=utf-8", [self.wire.logs])
+            return self._stream(
+                asked,
+                "text/plain; charset=utf-8",
+                [self.wire.logs, *([self.wire.log_end] if self.wire.log_end else [])],
+            )
         if action == "progress":
             return self._progress(asked, row)
         if action in ("start", "stop"):
@@ -165,6 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _progress(self, asked: Asked, row: Json) -> None:
         def pieces() -> Iterable[bytes | threading.Event]:
             for step in self.wire.script:
+                if step is None:
+                    return
                 if isinstance(step, threading.Event):
                     yield step
                 else:
@@ -180,6 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, text in {"content-type": "application/json", **(headers or {})}.items():
             self.send_header(name, text)
         self.send_header("content-length", str(len(body)))
+        self.send_header("connection", "close")
         self.end_headers()
         self.wfile.write(body)
 
@@ -188,6 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-type", content_type)
         self.send_header("transfer-encoding", "chunked")
+        self.send_header("connection", "close")
         self.end_headers()
         try:
             for piece in pieces:

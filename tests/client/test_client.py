@@ -11,7 +11,7 @@ import nimhost
 from nimhost import errors
 from nimhost.client import AsyncClient, Client, Unreachable
 from nimhost.client.resources import Resources
-from nimhost.entities import KINDS
+from nimhost.kinds import KINDS
 from tests.cli.wire import FakeWire, Refusal, snapshot, sse
 from tests.support import eventually, wait_until
 
@@ -227,23 +227,21 @@ def test_wait_ends_at_its_time(wire: FakeWire) -> None:
 
 
 @pytest.mark.fault(20)
-def test_wait_survives_a_restart_of_the_daemon(wire: FakeWire) -> None:
-    wire.put(
-        "deployments", "x1", config="x1", status_history=[{"timestamp": "t", "status": "CREATED", "status_message": ""}]
-    )
-    second: list[FakeWire] = []
+def test_wait_survives_a_restart_of_the_daemon(wire: FakeWire, monkeypatch: pytest.MonkeyPatch) -> None:
+    wire.put("deployments", "x1", config="x1")
+    pauses: list[float] = []
 
-    def restart(entry: nimhost.client.Record) -> None:
-        wire.close()
-        threading.Timer(0.7, come_back).start()
+    def pause(duration_s: float) -> None:
+        pauses.append(duration_s)
+        if len(pauses) == 1:
+            wire.close()  # so the next request finds nobody
+        elif len(pauses) == 2:
+            wire.restart().rows["deployments", "default", "x1"]["status"] = "READY"
 
-    def come_back() -> None:
-        second.append(FakeWire(wire.port))
-        second[0].put("deployments", "x1", config="x1", status="READY")
-
+    monkeypatch.setattr("time.sleep", pause)
     with Client() as client:
-        assert client.deployments.wait("x1", on_entry=restart).status == "READY"
-    second[0].close()
+        assert client.deployments.wait("x1").status == "READY"
+    assert len(pauses) == 2
 
 
 def test_wait_for_gone_is_over_at_404(wire: FakeWire) -> None:

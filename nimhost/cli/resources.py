@@ -1,0 +1,295 @@
+"""The commands of resources, generated from KINDS: create, get, list, update and delete of each kind.
+
+What is more than that (`secrets access`, `files upload`, `inference gateway`, …) is added by the modules of MORE.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nimhost.cli.options import address_options, format_option, open_client
+from nimhost.cli.output import FORMATS
+from nimhost.cli.resources_options import (
+    SECRET_OPTIONS,
+    body_of,
+    complete_body,
+    input_options,
+    name_params,
+    options_for,
+    take_secret,
+    wish_fields,
+)
+from nimhost.cli.resources_output import DELETED, print_entity, print_list
+from nimhost.errors import AlreadyExists
+from nimhost.kinds import KINDS, Kind
+
+if TYPE_CHECKING:
+    from nimhost.client import Client
+
+MORE = {
+    "secrets": "nimhost.cli.resources_more",
+    "models": "nimhost.cli.resources_more",
+    "files": "nimhost.cli.resources_files",
+    "inference": "nimhost.cli.resources_inference",
+}
+"""Modules that add to a group: each has `extend(root)`."""
+ABOUT = {
+    "workspaces": ("Names are unique within each of them.", "create team"),
+    "projects": ("Labels to group things by.", "create demo"),
+    "secrets": ("Keys and tokens, kept encrypted; only 'access' shows them.", "create openai-api-key --from-file -"),
+    "files": ("Filesets, and the files in them.", "upload ./my-lora/ my-lora"),
+    "models": ("What deployments run and requests name.", "create qwen3 --fileset default/qwen3"),
+    "adapters": (
+        "LoRA adapters on top of a model.",
+        "create math --model default/qwen3 --fileset default/math-lora --finetuning-type lora",
+    ),
+    "inference": (
+        "Deployments, their configs, providers, and requests to them.",
+        "providers create openai --host-url https://api.openai.com/v1 --api-key-secret-name openai-api-key",
+    ),
+}
+"""What a group is for, and an example."""
+ONE = ("json", "yaml", "raw", "table")
+"""Formats of one entity; as a table it is JSON, because it has no rows."""
+SWITCHES = {
+    "models": ("verbose", "With everything that is known about them."),
+    "deployments": ("all_versions", "Every version, not only the newest."),
+    "virtual-models": ("exclude_autoprovisioned", "Only those that somebody made."),
+}
+"""A query parameter that is on or off, for lists of that kind."""
+
+
+def group(word: str) -> click.Group:
+    """`nimhost WORD`: a group with every kind whose place in the CLI begins with that word."""
+    about, example = ABOUT[word]
+    root = click.Group(word, help=f"{about}\n\n\b\nExample:\n  nimhost {word} {example}")
+    for kind in KINDS.values():
+        first, *rest = kind.cli.split()
+        if first == word:
+            parent = root
+            for part in rest:
+                parent = subgroup(parent, part, f"{kind.label}s.")
+            for command in commands(kind):
+                parent.add_command(command)
+    if word in MORE:
+        importlib.import_module(MORE[word]).extend(root)
+    return root
+
+
+def subgroup(parent: click.Group, name: str, about: str) -> click.Group:
+    """The group of that name in `parent`, made where there is none."""
+    found = parent.commands.get(name)
+    if not isinstance(found, click.Group):
+        found = click.Group(name, help=about)
+        parent.add_command(found)
+    return found
+
+
+def commands(kind: Kind) -> Iterator[click.Command]:
+    yield create_command(kind)
+    yield get_command(kind)
+    yield list_command(kind)
+    yield update_command(kind, "update")
+    if kind.update == "PATCH":  # the reference calls it so for some kinds
+        yield update_command(kind, "patch", hidden=True)
+    yield delete_command(kind)
+    if kind.versioned:
+        yield versions_group(kind)
+
+
+def make(
+    name: str,
+    about: str,
+    run: Callable[..., None],
+    params: Sequence[click.Parameter],
+    formats: tuple[str, ...] = ONE,
+    hidden: bool = False,
+) -> click.Command:
+    """A command with the options that all of them have; `formats`: those its output can have, the first by default."""
+    command = click.Command(name, callback=run, params=list(params), help=about, hidden=hidden)
+    return address_options(format_option(*formats)(command) if formats else command)
+
+
+def flag(name: str, about: str) -> click.Option:
+    return click.Option([f"--{name.replace('_', '-')}", name], is_flag=True, help=about)
+
+
+def of(client: Client, kind: Kind) -> Any:
+    """The client's resource of that kind."""
+    return getattr(client, kind.key.replace("-", "_"))
+
+
+# --- one of a kind -------------------------------------------------------------------------------------------------
+
+
+def create_command(kind: Kind) -> click.Command:
+    fields = wish_fields(kind)
+
+    def run(exist_ok: bool, wait: bool = False, timeout: float = 0, poll_interval: None = None, **given: Any) -> None:
+        if kind.secret:
+            take_secret(given, required=given["input_file"] is None and given["input_data"] is None)
+        body = complete_body(given, fields)
+        with open_client() as client:
+            resource = of(client, kind)
+            made = create(resource.create, resource.get, body, exist_ok)
+            print_entity(client.deployments.wait(made["name"], timeout_s=timeout) if wait else made)
+
+    params = [*name_params(), *(SECRET_OPTIONS if kind.secret else []), *options_for(fields)]
+    params.append(EXIST_OK)
+    if kind.key == "deployments":
+        params += WAIT_OPTIONS
+    return input_options(make("create", f"Create a {kind.label.lower()}.", run, params))
+
+
+EXIST_OK = flag("exist_ok", "If there is one of that name, show that one.")
+WAIT_OPTIONS = [
+    flag("wait", "Wait until it is ready or has failed."),
+    click.Option(["--timeout"], type=float, default=1200, metavar="SECONDS", help="How long to wait."),
+    click.Option(["--poll-interval"], type=float, hidden=True),  # of the reference: taken, and without effect
+]
+
+
+def create(insert: Callable[..., Any], find: Callable[[str], Any], body: dict[str, Any], exist_ok: bool) -> Any:
+    """With `exist_ok` what is there already, whatever it is like."""
+    try:
+        return insert(**body)
+    except AlreadyExists:
+        if not exist_ok:
+            raise
+        return find(body["name"])
+
+
+def get_command(kind: Kind) -> click.Command:
+    def run(name: str, verbose: bool = False) -> None:
+        with open_client() as client:
+            print_entity(of(client, kind).get(name, **({"verbose": "true"} if verbose else {})))
+
+    switches = [flag("verbose", "Everything that is known about it.")] if kind.key == "models" else []
+    return make("get", f"Show a {kind.label.lower()}.", run, [click.Argument(["name"]), *switches])
+
+
+def update_command(kind: Kind, name: str, hidden: bool = False) -> click.Command:
+    about = {
+        "PATCH": "Change the fields that are given.",
+        "PUT": "Replace it: a field that is not given gets its default.",
+        "VERSION": "Make a new version, with the fields that are given.",
+    }
+
+    def run(name: str, **given: Any) -> None:
+        if kind.secret:
+            take_secret(given, required=False)
+        body = body_of(given)
+        if not body:
+            raise click.UsageError("Nothing to change is given.")
+        with open_client() as client:
+            print_entity(of(client, kind).update(name, **body))
+
+    fields = options_for(wish_fields(kind, update=True))
+    params = [click.Argument(["name"]), *(SECRET_OPTIONS if kind.secret else []), *fields]
+    return input_options(make(name, about[kind.update], run, params, hidden=hidden))
+
+
+def delete_command(kind: Kind) -> click.Command:
+    def run(name: str) -> None:
+        with open_client() as client:
+            of(client, kind).delete(name)
+        click.echo(DELETED)
+
+    return make("delete", f"Delete a {kind.label.lower()}.", run, [click.Argument(["name"])], formats=())
+
+
+# --- lists ---------------------------------------------------------------------------------------------------------
+
+
+def list_command(kind: Kind) -> click.Command:
+    switch, switched = SWITCHES.get(kind.key, ("", ""))
+    fields = ("name", "workspace", *kind.filterable) if kind.sort is not None else ()
+
+    def run(all_pages: bool, **given: Any) -> None:
+        query = {name: str(value) for name in ("page", "page_size", "sort") if (value := given.get(name)) is not None}
+        query |= filter_query(given.get("filter", ()), {name: given[_filter_param(name)] for name in fields})
+        if switch and given[switch]:
+            query[switch] = "true"
+        with open_client() as client:
+            if all_pages:
+                query.pop("page", None)
+                rows = of(client, kind).list(**query)
+                page = {"data": rows, "pagination": _one_page(len(rows))}
+            else:
+                page = of(client, kind).page(**query)
+        print_list(kind.key, page, page["data"])
+
+    params: list[click.Parameter] = [
+        click.Option(["--page"], type=click.IntRange(1), metavar="NUMBER"),
+        click.Option(["--page-size"], type=click.IntRange(1), metavar="NUMBER"),
+        flag("all_pages", "All there are, as one page."),
+    ]
+    if kind.sort is not None:
+        about = f"Only such: FIELD=VALUE or JSON. Fields: {', '.join(fields)}."
+        params.append(click.Option(["--sort"], metavar="FIELD", help=f"{', '.join(kind.sortable)}; '-' for downwards."))
+        params.append(click.Option(["--filter"], multiple=True, metavar="TEXT", help=about))
+        params += [click.Option([f"--filter.{name.replace('_', '-')}", _filter_param(name)], hidden=True)
+                   for name in fields]  # fmt: skip
+    if switch:
+        params.append(flag(switch, switched))
+    return make("list", f"List {kind.label.lower()}s.", run, params, FORMATS)
+
+
+def _filter_param(field: str) -> str:
+    return f"filter_{field}"
+
+
+def filter_query(texts: Sequence[str], fields: dict[str, str | None]) -> dict[str, str]:
+    """`--filter` as JSON or FIELD=VALUE, and `--filter.FIELD VALUE`, as query parameters."""
+    query = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if text.lstrip().startswith("{"):
+            try:
+                query["filter"] = json.dumps(json.loads(text))
+            except ValueError as error:
+                raise click.BadParameter(f"this is not JSON: {error}", param_hint="'--filter'") from None
+        elif equals and name.strip():
+            query[f"filter[{name.strip()}]"] = value
+        else:
+            raise click.BadParameter("write FIELD=VALUE, or JSON.", param_hint="'--filter'")
+    return query | {f"filter[{name}]": value for name, value in fields.items() if value is not None}
+
+
+def _one_page(count: int) -> dict[str, int]:
+    return {"page": 1, "page_size": count, "current_page_size": count, "total_pages": 1, "total_results": count}
+
+
+# --- versions ------------------------------------------------------------------------------------------------------
+
+
+def versions_group(kind: Kind) -> click.Group:
+    """`versions list NAME`, and `get N`, `delete N` with the name as an option of the kind's own word."""
+    word = kind.key.rpartition("-")[2].removesuffix("s")  # --config, --deployment
+    owner = click.Option([f"--{word}", "owner"], required=True, metavar="NAME")
+
+    def show_all(name: str) -> None:
+        with open_client() as client:
+            rows = of(client, kind).versions(name)
+        print_list(kind.key, rows, rows)
+
+    def show(version: int, owner: str) -> None:
+        with open_client() as client:
+            print_entity(of(client, kind).get_version(owner, version))
+
+    def delete(version: int, owner: str) -> None:
+        with open_client() as client:
+            of(client, kind).delete_version(owner, version)
+        click.echo(DELETED)
+
+    number = click.Argument(["version"], type=click.IntRange(1))
+    versions = click.Group("versions", help="Its versions, the newest first.")
+    versions.add_command(make("list", "List them.", show_all, [click.Argument(["name"])], FORMATS))
+    versions.add_command(make("get", "Show one.", show, [number, owner]))
+    versions.add_command(make("delete", "Delete one that is neither the newest nor used.", delete, [number, owner], ()))
+    return versions

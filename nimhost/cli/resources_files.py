@@ -1,0 +1,130 @@
+"""`nimhost files`: upload, download, list and delete files of a fileset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import click
+
+from nimhost.cli.options import open_client
+from nimhost.cli.output import FORMATS
+from nimhost.cli.resources import make
+from nimhost.cli.resources_output import DELETED, print_list
+from nimhost.errors import BadRequest, NotFound
+from nimhost.refs import is_name, slug
+
+if TYPE_CHECKING:
+    from nimhost.client import Client
+
+
+def extend(root: click.Group) -> None:
+    fileset = click.Argument(["fileset"])
+    place = click.Option(["--remote-path"], default="", metavar="PATH", help="In the fileset; without it: the root.")
+    exact = click.Option(["--remote-path"], required=True, metavar="PATH", help="The file to delete.")
+    local = click.Argument(["local_path"], type=click.Path(exists=True))
+    output = click.Option(["-o", "--output"], required=True, metavar="DIRECTORY", help="Where to put them.")
+    optional = click.Argument(["fileset"], required=False)
+    root.add_command(make("upload", UPLOAD, upload, [local, optional, place], ()))
+    root.add_command(make("download", "Copy files of a fileset to a directory here.", download,
+                          [fileset, place, output], ()))  # fmt: skip
+    root.add_command(make("list", "List the files of a fileset.", list_files, [fileset, place], FORMATS))
+    root.add_command(make("delete", "Delete a file of a fileset.", delete, [fileset, exact], ()))
+
+
+UPLOAD = """Copy a file or a directory into a fileset.
+
+Of a directory its contents are copied if it is written with a slash at the end, else the directory itself. Without
+FILESET a new one is made, named after what is uploaded.
+
+\b
+Examples:
+  nimhost files upload my_parser.py my-tool-plugin
+  nimhost files upload ./my-lora/ my-lora
+"""
+
+
+def upload(local_path: str, fileset: str | None, remote_path: str) -> None:
+    pairs = list(uploads(local_path, remote_path))
+    if not pairs:
+        raise click.UsageError(f"There is no file in {local_path}.")
+    with open_client() as client:
+        target = fileset or new_fileset(client, local_path)
+        for source, path in pairs:
+            client.filesets.upload(target, path, str(source))
+            click.echo(path)
+    click.echo(f"Completed upload to {target}#{remote_path}")
+
+
+def uploads(local_path: str, remote_path: str) -> Iterator[tuple[Path, str]]:
+    """Each local file, and its path in the fileset."""
+    source, into = Path(local_path), PurePosixPath(remote_path)
+    if not source.is_dir():
+        yield source, str(into / source.name if remote_path.endswith("/") or not remote_path else into)
+        return
+    if not local_path.endswith("/"):
+        into /= source.resolve().name
+    for folder, folders, files in os.walk(source):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(folder, name)
+            yield path, str(into / path.relative_to(source).as_posix())
+
+
+def new_fileset(client: Client, local_path: str) -> str:
+    name = slug(Path(local_path).resolve().name)
+    if not is_name(name):
+        raise click.UsageError(f"No name for a fileset can be made of {local_path}: give FILESET.")
+    return str(client.filesets.create(name)["name"])
+
+
+def download(fileset: str, remote_path: str, output: str) -> None:
+    with open_client() as client:
+        found = [file["path"] for file in client.filesets.list_files(fileset, remote_path)]
+        if not found:
+            what = f"'{remote_path}'" if remote_path else "file"
+            raise NotFound(f"There is no {what} in fileset {fileset}.", f"nimhost files list {fileset}")
+        for path in found:
+            fetch(client, fileset, path, local_place(path, remote_path, output))
+    click.echo(f"Downloaded {fileset}#{remote_path or '/'} to '{output}'")
+
+
+def local_place(path: str, remote_path: str, output: str) -> Path:
+    """Where a file goes: under `output`, by its path below `remote_path`. Raises BadRequest for one outside of it."""
+    wanted = PurePosixPath(path)
+    if wanted.is_absolute() or ".." in wanted.parts:
+        raise BadRequest(f"The fileset has a file named '{path}': it would not be inside {output}.")
+    base = PurePosixPath(remote_path)
+    below = wanted.name if wanted == base else str(wanted.relative_to(base) if wanted.is_relative_to(base) else wanted)
+    return Path(output, below)
+
+
+def fetch(client: Client, fileset: str, path: str, place: Path) -> None:
+    """Whole or not at all."""
+    draft = place.with_name(f".{place.name}.part")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as file, closing(client.filesets.download(fileset, path)) as pieces:
+            for piece in pieces:
+                file.write(piece)
+        draft.replace(place)
+    except OSError as error:
+        raise BadRequest(f"Cannot write {place}: {error.strerror}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    click.echo(str(place))
+
+
+def list_files(fileset: str, remote_path: str) -> None:
+    with open_client() as client:
+        rows = client.filesets.list_files(fileset, remote_path)
+    print_list("files", rows, rows)
+
+
+def delete(fileset: str, remote_path: str) -> None:
+    with open_client() as client:
+        client.filesets.delete_file(fileset, remote_path)
+    click.echo(DELETED)

@@ -1,0 +1,174 @@
+"""Fields of a kind as options of a command, and what was given as the body to send."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from msgspec.structs import FieldInfo
+from msgspec.structs import fields as struct_fields
+
+from nimhost.cli.options import F
+from nimhost.kinds import Kind
+
+CHOICES_SHOWN = 8
+
+
+def parse_json(text: str) -> Any:
+    """The type of an option whose value has a structure."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"this is not JSON: {error}") from None
+
+
+def wish_fields(kind: Kind, update: bool = False) -> list[FieldInfo]:
+    """What a create may carry, or an update; the secret fields have options of their own."""
+    fields = [f for f in struct_fields(kind.wish) if f.name not in (*kind.internal, *kind.secret)]
+    if update and kind.updatable:
+        return [f for f in fields if f.name in kind.updatable]
+    return [*fields, *(f for f in struct_fields(kind.status) if f.name in kind.settable_status)]
+
+
+def fields_named(kind: Kind, names: Sequence[str]) -> list[FieldInfo]:
+    """Of both halves."""
+    return [f for f in (*struct_fields(kind.wish), *struct_fields(kind.status)) if f.name in names]
+
+
+def options_for(fields: Iterable[FieldInfo]) -> list[click.Parameter]:
+    return [option_for(field.name, field.type) for field in fields]
+
+
+def option_for(name: str, wanted: Any) -> click.Option:
+    """Text and numbers as they are, a switch for a boolean, a list of text one by one, JSON for the rest."""
+    flag = f"--{name.replace('_', '-')}"
+    wanted = _plain(wanted)
+    if wanted is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None)
+    if wanted in (int, float):
+        return click.Option([flag, name], type=wanted, metavar="NUMBER")
+    if get_origin(wanted) is Literal:
+        choices = [str(choice) for choice in get_args(wanted)]
+        metavar = None if len(choices) <= CHOICES_SHOWN else "WORD"
+        return click.Option([flag, name], type=click.Choice(choices), metavar=metavar)
+    if get_origin(wanted) is list and _plain(*get_args(wanted)) is str:
+        return click.Option([flag, name], multiple=True, metavar="TEXT", help="May be given several times.")
+    if wanted is str:
+        return click.Option([flag, name], metavar="TEXT")
+    return click.Option([flag, name], type=parse_json, metavar="JSON")
+
+
+def _plain(wanted: Any) -> Any:
+    """The type without what limits it and without None."""
+    if get_origin(wanted) is Annotated:
+        return _plain(get_args(wanted)[0])
+    if get_origin(wanted) in (Union, UnionType):
+        rest = [part for part in get_args(wanted) if part is not NoneType]
+        return _plain(rest[0]) if len(rest) == 1 else wanted
+    return wanted
+
+
+# --- the body ------------------------------------------------------------------------------------------------------
+
+
+def input_options(command: F) -> F:
+    file = click.option("--input-file", metavar="FILE", help="JSON with the fields; '-' is standard input.")
+    data = click.option("--input-data", type=parse_json, metavar="JSON", help="The fields as JSON. Flags win over it.")
+    return file(data(command))
+
+
+def body_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given: the fields of `--input-file`, over them those of `--input-data`, over them single options.
+
+    Takes both out of `given`. Raises UsageError for input that is not an object.
+    """
+    body: dict[str, Any] = {}
+    for flag, value in (("--input-file", _read(given.pop("input_file"))), ("--input-data", given.pop("input_data"))):
+        if value is not None and not isinstance(value, dict):
+            raise click.BadParameter("this is not a JSON object.", param_hint=f"'{flag}'")
+        body |= value or {}
+    return body | {name: _list(value) for name, value in given.items() if value is not None and value != ()}
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read(path: str | None) -> Any:
+    if path is None:
+        return None
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise click.BadParameter(f"this is not JSON: {error}", param_hint="'--input-file'") from None
+
+
+def read_text(path: str) -> str:
+    """The content of a file, or of standard input for '-'. Raises UsageError when it cannot be read."""
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"Cannot read {path}: {error}") from None
+
+
+def complete_body(given: dict[str, Any], fields: Sequence[FieldInfo]) -> dict[str, Any]:
+    """The body of a create, with its `name`. Raises UsageError naming what is needed and not there."""
+    name = take_name(given)
+    body = body_of(given) | ({"name": name} if name else {})
+    missing = [] if body.get("name") else ["NAME"]
+    missing += [f"--{f.name.replace('_', '-')}" for f in fields if f.required and body.get(f.name) is None]
+    if missing:
+        raise click.UsageError(f"Missing: {', '.join(missing)}.")
+    return body
+
+
+# --- names and secrets ---------------------------------------------------------------------------------------------
+
+
+def name_params() -> list[click.Parameter]:
+    """A name that may be given in its place or with `--name`."""
+    return [
+        click.Argument(["name"], required=False, metavar="NAME"),
+        click.Option(["--name", "other_name"], hidden=True),
+    ]
+
+
+def take_name(given: dict[str, Any]) -> str | None:
+    """The name, in its place or with `--name`. Taken out of `given`. Raises UsageError for two different ones."""
+    found = {text for text in (given.pop("name"), given.pop("other_name")) if text is not None}
+    if len(found) > 1:
+        raise click.UsageError(f"The name is given twice: {' and '.join(sorted(found))}.")
+    return found.pop() if found else None
+
+
+def need_name(given: dict[str, Any]) -> str:
+    name = take_name(given)
+    if name is None:
+        raise click.UsageError("Missing: NAME.")
+    return name
+
+
+SECRET_OPTIONS: list[click.Parameter] = [
+    click.Option(["--from-file"], metavar="FILE", help="Read the value from there; '-' is standard input."),
+    click.Option(["--value"], metavar="TEXT", help="The value itself; others can see it while the command runs."),
+]
+
+
+def take_secret(given: dict[str, Any], required: bool) -> None:
+    """The value of a secret, without white space around it, as `value`. Raises UsageError for an empty one."""
+    path, value = given.pop("from_file"), given.pop("value")
+    if path is not None and value is not None:
+        raise click.UsageError("The value is given twice: with --from-file and with --value.")
+    text = read_text(path) if path is not None else value
+    if text is None:
+        if required:
+            raise click.UsageError("Missing: --from-file FILE, or --value TEXT.")
+        return
+    if not text.strip():
+        raise click.UsageError("The value is empty.")
+    given["value"] = text.strip()

@@ -1,0 +1,87 @@
+"""How entities are printed: one as JSON, several as a table for people and as the daemon's page for programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from nimhost.cli.options import flag_given, output_format
+from nimhost.cli.output import FORMATS, age, print_table, print_value
+
+DELETED = "✓ Deleted successfully"
+Columns = tuple[tuple[str, str], ...]
+COLUMNS: dict[str, Columns] = {
+    "secrets": (("DESCRIPTION", "description"),),
+    "workspaces": (("DESCRIPTION", "description"),),
+    "projects": (("DESCRIPTION", "description"),),
+    "filesets": (("STORAGE", "storage.type"), ("SOURCE", "storage.repo_id"), ("PURPOSE", "purpose")),
+    "models": (("FILESET", "fileset"), ("FAMILY", "spec.family"), ("PROVIDERS", "model_providers")),
+    "adapters": (("MODEL", "model"), ("FILESET", "fileset"), ("ENABLED", "enabled")),
+    "deployment-configs": (
+        ("ENGINE", "engine"),
+        ("MODEL", "model_entity_id"),
+        ("GPUS", "executor_config.gpu"),
+        ("VERSION", "entity_version"),
+    ),
+    "deployments": (("CONFIG", "config"), ("VERSION", "entity_version"), ("STATUS", "status"),
+                    ("MESSAGE", "status_message")),
+    "providers": (("HOST", "host_url"), ("STATUS", "status"), ("MESSAGE", "status_message")),
+    "virtual-models": (("MODEL", "default_model_entity"),),
+    "files": (("PATH", "path"), ("SIZE", "size"), ("CACHE", "cache_status")),
+    "served": (("MODEL", "id"), ("OWNER", "owned_by")),
+}  # fmt: skip
+"""What a table shows of each row beside name and age, as paths into it."""
+
+
+def print_entity(value: Any) -> None:
+    """One entity: as JSON where a table was asked for, because it has no rows."""
+    print_value(value, output_format("json", "yaml", "raw"))
+
+
+def list_format() -> str:
+    """A table on a terminal. In a pipe only `-f table` gives one: what reads there is a program."""
+    wanted = output_format(*FORMATS)
+    if wanted == "table" and not sys.stdout.isatty() and not flag_given("output_format"):
+        return "json"
+    return wanted
+
+
+def print_list(key: str, value: Any, rows: Sequence[Any]) -> None:
+    """`value` is what a program gets, `rows` what a table shows."""
+    wanted = list_format()
+    if wanted != "table":
+        print_value(value, wanted)
+    elif not rows:
+        click.echo("Nothing.")
+    else:
+        headers, cells = table_of(key, rows)
+        print_table(headers, cells)
+
+
+def table_of(key: str, rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns that are empty in all rows are left out."""
+    columns: Columns = (("WORKSPACE", "workspace"), ("NAME", "name"), *COLUMNS.get(key, ()))
+    if len({row.get("workspace") for row in rows}) == 1:
+        columns = columns[1:]
+    filled = [column for column in columns if any(_cell(row, column[1]) for row in rows)]
+    headers = [header for header, _ in filled]
+    cells = [[_cell(row, path) or "-" for _, path in filled] for row in rows]
+    if all("created_at" in row for row in rows):
+        at = len(headers) - 1 if headers[-1] in ("MESSAGE", "DESCRIPTION") else len(headers)
+        headers.insert(at, "AGE")
+        for row, line in zip(rows, cells, strict=True):
+            line.insert(at, age(row["created_at"]))
+    return headers, cells
+
+
+def _cell(row: Any, path: str) -> str:
+    for part in path.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    if isinstance(row, list):
+        return ", ".join(map(str, row))
+    if isinstance(row, bool):
+        return "yes" if row else "no"
+    return "" if row is None else str(row)

@@ -1,0 +1,70 @@
+"""`nimhost wait inference deployment|provider NAME`: the spec's long form of `nimhost wait NAME`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from nimhost.cli.options import F, address_options, open_client
+from nimhost.cli.output import clean
+
+STATUSES = ["READY", "DELETED", "PENDING", "ERROR"]
+
+
+class Wait(click.Command):
+    """`wait NAME`; with `inference` and something after it, the long form."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["inference"] and args[1:2] and args[1] in inference.commands:
+            return inference.make_context(f"{info_name} inference", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.group()
+def inference() -> None:
+    """Wait for a deployment or a provider."""
+
+
+def times(timeout_s: float) -> Callable[[F], F]:
+    """`--timeout`, and the `--poll-interval` of the reference, which has no effect here."""
+    timeout = click.option("-t", "--timeout", "timeout_s", type=float, default=timeout_s, metavar="SECONDS",
+                           show_default=True, help="Give up after so long (exit 1).")  # fmt: skip
+    interval = click.option("--poll-interval", type=float, expose_value=False, hidden=True)
+    return lambda command: timeout(interval(address_options(command)))
+
+
+@inference.command()
+@click.argument("name")
+@click.option("-s", "--status", type=click.Choice(STATUSES), default="READY", show_default=True)
+@click.option("--check-gateway/--no-check-gateway", default=True, help="Until requests can be sent to it, too.")
+@times(1200)
+def deployment(name: str, status: str, check_gateway: bool, timeout_s: float) -> None:
+    """Wait until a deployment has a status, printing what happens on the way."""
+    click.echo(f"Waiting for deployment '{name}' to reach status: {status}")
+    end = time.monotonic() + timeout_s
+    with open_client() as client:
+        client.deployments.wait(name, status, timeout_s=timeout_s, on_entry=show)
+        click.echo("✓ Deployment DELETED!" if status == "DELETED" else f"✓ Deployment reached {status} status!")
+        if status == "READY" and check_gateway:
+            client.providers.wait(name, timeout_s=max(1.0, end - time.monotonic()))
+            click.echo("✓ Gateway is ready!")
+
+
+@inference.command()
+@click.argument("name")
+@times(60)
+def provider(name: str, timeout_s: float) -> None:
+    """Wait until requests can be sent to a provider."""
+    click.echo(f"Waiting for gateway to be ready for provider '{name}'")
+    with open_client() as client:
+        client.providers.wait(name, timeout_s=timeout_s)
+    click.echo("✓ Gateway is ready!")
+
+
+def show(entry: Any) -> None:
+    click.echo(f"{entry['timestamp'][11:19]}  {entry['status']:8}  {clean(entry['status_message'])}")

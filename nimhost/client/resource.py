@@ -1,0 +1,96 @@
+"""A resource of the client. Each call is a flow, so it is written once for both clients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, Protocol
+
+from nimhost.client.streams import MakeDecoder
+from nimhost.client.wire import Flow, Record, Request, segment
+from nimhost.kinds import Kind
+
+P = ParamSpec("P")
+POLL_S = 0.5
+
+
+class Wire(Protocol):
+    """What a resource needs of the client it belongs to."""
+
+    @property
+    def workspace(self) -> str: ...
+
+    def run(self, flow: Flow[Any]) -> Any: ...
+
+    def stream(self, request: Request, decoder: MakeDecoder) -> Any: ...
+
+
+def call(flow: Callable[Concatenate[Any, P], Flow[Any]]) -> Callable[Concatenate[Any, P], Any]:
+    """A method that runs the flow: it returns the result, or with AsyncClient an awaitable of it."""
+
+    @functools.wraps(flow)
+    def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return self.wire.run(flow(self, *args, **kwargs))
+
+    return method
+
+
+class Resource:
+    """Create, get, list, update, delete. Names may be `name` or `workspace/name`; replies are Records."""
+
+    def __init__(self, kind: Kind, wire: Wire) -> None:
+        self.kind = kind
+        self.wire = wire
+
+    def _path(self, name: str = "", workspace: str | None = None, *more: str) -> str:
+        first, slash, rest = name.partition("/")
+        workspace, name = (first, rest) if slash else (workspace or self.wire.workspace, first)
+        return "/".join((self.kind.path(segment(workspace)), *(segment(part) for part in (name, *more) if part)))
+
+    @call
+    def create(self, /, name: str, *, workspace: str | None = None, **fields: Any) -> Flow[Any]:
+        """Raises AlreadyExists, InvalidRequest, and BadRequest for something it refers to that is not there."""
+        return (yield Request(method="POST", path=self._path("", workspace), body={"name": name, **fields}))
+
+    @call
+    def get(self, /, name: str, *, workspace: str | None = None, **query: str) -> Flow[Any]:
+        return (yield Request(path=self._path(name, workspace), query=query))
+
+    @call
+    def list(self, /, *, workspace: str | None = None, **query: str) -> Flow[Any]:
+        """All of them, page after page. `query`: `sort`, `filter` and so on; `workspace="-"`: in all workspaces."""
+        found: list[Record] = []
+        page, pages = 1, 1
+        while page <= pages:
+            part = yield Request(path=self._path("", workspace), query={**query, "page": str(page)})
+            found += part["data"]
+            page, pages = page + 1, part["pagination"]["total_pages"]
+        return found
+
+    @call
+    def page(self, /, *, workspace: str | None = None, **query: str) -> Flow[Any]:
+        """One page as it comes: `data`, `pagination`. `query`: `page`, `page_size`, `sort`, `filter` and so on."""
+        return (yield Request(path=self._path("", workspace), query=query))
+
+    @call
+    def update(self, /, name: str, *, workspace: str | None = None, **fields: Any) -> Flow[Any]:
+        """Change the fields given (PATCH), replace it (PUT), or make a new version: what the kind does on update."""
+        method = "POST" if self.kind.update == "VERSION" else self.kind.update
+        return (yield Request(method=method, path=self._path(name, workspace), body=fields))
+
+    @call
+    def delete(self, /, name: str, *, workspace: str | None = None) -> Flow[Any]:
+        return (yield Request(method="DELETE", path=self._path(name, workspace)))
+
+    @call
+    def versions(self, name: str, *, workspace: str | None = None) -> Flow[Any]:
+        """Of a kind that has versions: all of them, the newest first."""
+        return (yield Request(path=self._path(name, workspace, "versions")))
+
+    @call
+    def get_version(self, name: str, version: int, *, workspace: str | None = None) -> Flow[Any]:
+        return (yield Request(path=self._path(name, workspace, "versions", str(version))))
+
+    @call
+    def delete_version(self, name: str, version: int, *, workspace: str | None = None) -> Flow[Any]:
+        return (yield Request(method="DELETE", path=self._path(name, workspace, "versions", str(version))))

@@ -1,0 +1,325 @@
+"""`deploy`, `ps`, `wait`, `logs`, `stop`, `start`, `rm`, as seen by who pipes them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from nimhost.cli.entities import MADE_BY
+from nimhost.cli.progress import RUNNING, STALE
+from tests.cli.wire import FakeWire, Refusal, snapshot
+from tests.support import wait_until
+
+Run = Callable[..., Result]
+QWEN = "qwen-qwen3-1-7b"
+KINDS = ("filesets", "models", "deployment-configs", "deployments")
+
+
+def becomes_ready(wire: FakeWire) -> None:
+    wire.provider(QWEN, f"default/{QWEN}", f"default/{QWEN}", model_deployment_id=f"default/{QWEN}")
+    wire.script = [
+        snapshot("PENDING", "Getting ready", image={"done_bytes": 0, "total_bytes": 2_000_000_000, "message": ""}),
+        *(
+            snapshot("PENDING", "Getting ready", image={"done_bytes": n * 20_000_000, "total_bytes": 2_000_000_000})
+            for n in range(100)
+        ),
+        snapshot("PENDING", "Loading", engine={"message": "loading weights"}),
+        snapshot("READY", RUNNING),
+    ]
+
+
+def test_deploy_makes_four_entities_and_tells_what_to_do_with_them(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert [wire.names(kind) for kind in KINDS] == [[QWEN]] * 4
+    assert f"model     default/{QWEN}" in done.stdout
+    assert f"endpoint  {wire.url}/v1" in done.stdout
+    assert f'nimhost chat {QWEN} "Hello!"' in done.stdout
+    assert f"curl {wire.url}/v1/chat/completions" in done.stdout
+
+
+def test_progress_that_is_piped_is_a_line_per_step(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    lines = nimhost("deploy", "Qwen/Qwen3-1.7B").stdout.splitlines()
+    image = [line for line in lines if line.startswith("image ")]
+    assert len(image) == 11  # ten tenths, and done
+    assert image[1].startswith("image     0.2 of 2.0 GB") or image[1].startswith("image     200 MB of 2.0 GB")
+    assert image[-1].startswith("image     done · 2.0 GB")
+    assert sum("Getting ready" in line for line in lines) == 1
+    assert "\x1b" not in "".join(lines)
+
+
+def test_deploying_the_same_again_changes_nothing(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    wire.asked.clear()
+    wire.script = [snapshot("READY")]
+    again = nimhost("deploy", "Qwen/Qwen3-1.7B")
+    assert again.exit_code == 0
+    assert f"{QWEN} is READY already." in again.stdout
+    assert {asked.method for asked in wire.asked} == {"GET"}
+
+
+def test_something_different_under_the_name_is_left_alone(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    before = json.dumps([wire.rows[kind, "default", QWEN] for kind in KINDS])
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "2")
+    assert done.exit_code == 1
+    assert "executor_config.gpu: 1 there, 2 wanted" in done.stderr
+    assert f"nimhost rm {QWEN}" in done.stderr
+    assert json.dumps([wire.rows[kind, "default", QWEN] for kind in KINDS]) == before
+
+
+def test_update_changes_what_differs_and_rolls_the_deployment(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    wire.asked.clear()
+    assert nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "2", "--update").exit_code == 0
+    changes = [repr(asked).rpartition("default/")[2] for asked in wire.asked if asked.method != "GET"]
+    assert changes == [f"deployment-configs/{QWEN}", f"deployments/{QWEN}"]
+    assert wire.rows["deployment-configs", "default", QWEN]["executor_config"]["gpu"] == 2
+
+
+def test_an_update_is_over_when_the_new_engine_serves(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    preparing = snapshot("READY", "Pulling image", image={"done_bytes": 1, "total_bytes": 2})
+    wire.script = [preparing, snapshot("PENDING", "Replacing"), snapshot("READY", RUNNING)]
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "2", "--update")
+    assert done.stdout.index("Replacing") < done.stdout.index("is READY")
+    wire.script = [preparing, snapshot("READY", f"{STALE}. No such image.")]
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "3", "--update")
+    assert done.exit_code == 1
+    assert "No such image." in done.stderr
+
+
+def test_deploying_what_has_failed_tries_again(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    wire.rows["deployments", "default", QWEN]["status"] = "ERROR"
+    wire.asked.clear()
+    assert nimhost("deploy", "Qwen/Qwen3-1.7B").exit_code == 0
+    assert [repr(a).rpartition("/")[2] for a in wire.asked if a.method == "POST"] == ["start"]
+
+
+def test_a_refused_deployment_leaves_nothing_behind(nimhost: Run, wire: FakeWire) -> None:
+    hub = {"type": "huggingface", "repo_id": "Qwen/Qwen3-1.7B", "repo_type": "model"}
+    wire.put("filesets", QWEN, purpose="model", storage={**hub, "revision": "c0ffee", "original_revision": "main"})
+    wire.refuse["POST", "/deployments"] = Refusal(422, "InvalidRequest", "needs 8 GPUs, this machine has 1", "--gpu 1")
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "8")
+    assert done.exit_code == 1
+    assert done.stderr == "Error: needs 8 GPUs, this machine has 1\nHint: --gpu 1\n"
+    assert [wire.names(kind) for kind in KINDS] == [[QWEN], [], [], []]  # the fileset was there before
+
+
+def test_a_failed_deployment_shows_cause_and_log_tail(nimhost: Run, wire: FakeWire) -> None:
+    wire.script = [
+        snapshot("PENDING", "Starting"),
+        snapshot("ERROR", "Exited with code 1\n\nLast log lines:\nCUDA out of memory"),
+    ]
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B")
+    assert done.exit_code == 1
+    assert "Exited with code 1\n\nLast log lines:\nCUDA out of memory" in done.stderr
+    assert f"nimhost logs {QWEN}" in done.stderr
+    assert wire.names("deployments") == [QWEN]
+
+
+def test_no_wait_returns_at_once(nimhost: Run, wire: FakeWire) -> None:
+    done = nimhost("deploy", "./", "--name", "here", "--no-wait")
+    assert done.exit_code == 0
+    assert "nimhost wait here" in done.stdout
+    assert wire.rows["filesets", "default", "here"]["storage"] == {"type": "local", "path": str(Path.cwd())}
+
+
+def test_timeout_leaves_the_deployment_going(nimhost: Run, wire: FakeWire) -> None:
+    wire.script = [snapshot("PENDING", "Loading")]
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--timeout", "0.2")
+    assert done.exit_code == 1
+    assert "not ready after 0.2 s" in done.stderr
+    assert f"nimhost wait {QWEN}" in done.stderr
+    assert wire.names("deployments") == [QWEN]
+
+
+def test_a_daemon_without_the_progress_route_is_asked_again_and_again(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    wire.has_progress = False
+
+    def make_ready() -> None:
+        wait_until(lambda: sum(repr(a).endswith(f"deployments/{QWEN}") for a in wire.asked if a.method == "GET") > 2)
+        wire.rows["deployments", "default", QWEN]["status"] = "READY"
+
+    helper = threading.Thread(target=make_ready)
+    helper.start()
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B")
+    helper.join()
+    assert "is READY" in done.stdout
+
+
+@pytest.mark.fault(20)
+def test_deploy_goes_on_watching_after_a_restart_of_the_daemon(
+    nimhost: Run, wire: FakeWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire.script = [snapshot("PENDING", "Loading"), None]
+    pauses: list[float] = []
+
+    def pause(duration_s: float) -> None:
+        pauses.append(duration_s)
+        if len(pauses) == 1:  # the stream is over
+            wire.close()
+        elif len(pauses) == 2:  # and nobody was there
+            becomes_ready(wire.restart())
+
+    monkeypatch.setattr("time.sleep", pause)
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "is READY" in done.stdout
+
+
+def test_deploy_starts_what_is_stopped(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    nimhost("stop", QWEN)
+    assert nimhost("deploy", "Qwen/Qwen3-1.7B").exit_code == 0
+    assert wire.rows["deployments", "default", QWEN]["desired"] == "running"
+
+
+def test_json_is_the_deployment_and_nothing_else(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "-f", "json")
+    assert json.loads(done.stdout)["name"] == QWEN
+    assert "image" in done.stderr
+
+
+def test_what_serves_no_models_is_shown_by_its_endpoint(nimhost: Run, wire: FakeWire) -> None:
+    wire.script = [snapshot("READY")]
+    wire.put("providers", "guard", host_url="http://x", served_models=[])
+    done = nimhost("deploy", "nvcr.io/nim/guard:1", "--name", "guard")
+    assert "/provider/guard/-/" in done.stdout
+    assert "nimhost chat" not in done.stdout
+
+
+def test_environment_can_be_taken_over_by_name(nimhost: Run, wire: FakeWire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "v")
+    nimhost("deploy", "a/bb", "--no-wait", "--env", "TOKEN", "--env", "A=b=c")
+    executor = wire.rows["deployment-configs", "default", "a-bb"]["executor_config"]
+    assert executor["additional_envs"] == {"TOKEN": "v", "A": "b=c"}
+    assert nimhost("deploy", "a/bb", "--env", "MISSING").exit_code == 2
+
+
+# --- ps ------------------------------------------------------------------------------------------------------------
+
+
+def test_ps_lists_deployments_and_providers_of_their_own_right(nimhost: Run, wire: FakeWire) -> None:
+    wire.ready("q1", "default/q1")
+    wire.put("deployments", "q2", config="gone", desired="stopped", status="PENDING", status_message="Stopped.")
+    wire.provider("openai", "gpt-4", "default/gpt-4")
+    lines = nimhost("ps").stdout.splitlines()
+    assert lines[0].split() == ["NAME", "MODEL", "ENGINE", "GPUS", "STATUS", "AGE", "MESSAGE"]
+    assert [line.split()[:5] for line in lines[1:]] == [
+        ["q1", "default/q1", "vllm", "1", "READY"],
+        ["q2", "-", "-", "-", "STOPPED"],
+        ["openai", "gpt-4", "provider", "-", "READY"],
+    ]
+
+
+def test_ps_everywhere_names_the_workspace(nimhost: Run, wire: FakeWire) -> None:
+    wire.ready("q1", "default/q1")
+    wire.put("deployments", "q1", "team", config="q1")
+    names = [row["name"] for row in json.loads(nimhost("ps", "-a", "-f", "json").stdout)]
+    assert names == ["default/q1", "team/q1"]
+
+
+def test_ps_of_nothing_says_how_to_begin(nimhost: Run, wire: FakeWire) -> None:
+    assert "nimhost deploy" in nimhost("ps").stdout
+    assert nimhost("ps", "-f", "raw").stdout == "[]\n"
+
+
+# --- wait, logs ----------------------------------------------------------------------------------------------------
+
+
+def test_wait_prints_the_history_and_succeeds(nimhost: Run, wire: FakeWire) -> None:
+    entry = {"timestamp": "2026-01-02T03:04:05Z", "status": "READY", "status_message": "Serving"}
+    wire.put("deployments", "q1", config="q1", status="READY", status_history=[entry])
+    done = nimhost("wait", "q1")
+    assert (done.exit_code, done.stdout) == (0, "03:04:05  READY     Serving\nq1 is READY.\n")
+
+
+def test_wait_fails_with_what_failed(nimhost: Run, wire: FakeWire) -> None:
+    wire.put("deployments", "q1", config="q1", status="ERROR", status_message="Exited with code 1")
+    done = nimhost("wait", "q1")
+    assert done.exit_code == 1
+    assert "Exited with code 1" in done.stderr
+    assert "nimhost logs q1" in done.stderr
+
+
+def test_wait_for_what_is_not_there(nimhost: Run, wire: FakeWire) -> None:
+    assert nimhost("wait", "q1").exit_code == 1
+    assert nimhost("wait", "q1", "--status", "DELETED").exit_code == 0
+
+
+def test_logs_come_as_they_are(nimhost: Run, wire: FakeWire) -> None:
+    wire.put("deployments", "q1", config="q1")
+    wire.logs = "größe\nlast line without an end".encode()
+    assert nimhost("logs", "q1", "--tail", "2").stdout == "größe\nlast line without an end"
+    assert wire.asked[-1].query == {"tail": "2"}
+
+
+# --- rm ------------------------------------------------------------------------------------------------------------
+
+
+def test_rm_takes_what_deploy_made(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    done = nimhost("rm", QWEN)
+    assert done.stdout == f"Removed {QWEN} and its deployment config, model, fileset.\n"
+    assert [wire.names(kind) for kind in KINDS] == [[], [], [], []]
+
+
+def test_rm_leaves_what_others_made_or_use(nimhost: Run, wire: FakeWire) -> None:
+    wire.put("deployments", "q1", config="q1")
+    wire.put("deployment-configs", "q1", description=f"{MADE_BY} x")
+    wire.put("models", "q1", description="mine")
+    wire.put("filesets", "q1", description="")
+    wire.refuse["DELETE", "/deployment-configs/q1"] = Refusal(409, "InUse", "another deployment uses it")
+    done = nimhost("rm", "q1")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "Removed q1.\n", "")
+    assert [wire.names(kind) for kind in KINDS] == [["q1"], ["q1"], ["q1"], []]
+
+
+def test_rm_keeps_the_config_when_asked(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    nimhost("rm", QWEN, "--keep-config")
+    assert [wire.names(kind) for kind in KINDS] == [[QWEN], [QWEN], [QWEN], []]
+    assert nimhost("rm", QWEN).exit_code == 0  # what is left can still be removed
+    assert [wire.names(kind) for kind in KINDS] == [[], [], [], []]
+
+
+def test_rm_of_several_does_what_it_can(nimhost: Run, wire: FakeWire) -> None:
+    wire.put("deployments", "q1", config="q1")
+    done = nimhost("rm", "nope", "q1")
+    assert done.exit_code == 1
+    assert "Deployment 'default/nope' not found" in done.stderr
+    assert done.stdout == "Removed q1.\n"
+
+
+def test_rm_without_waiting(nimhost: Run, wire: FakeWire) -> None:
+    wire.put("deployments", "q1", config="q1")
+    assert "nimhost wait q1 --status DELETED" in nimhost("rm", "q1", "--no-wait").stdout
+    assert wire.names("deployments") == []
+
+
+def test_stop_and_start(nimhost: Run, wire: FakeWire) -> None:
+    wire.ready("q1", "default/q1")
+    wire.script = [snapshot("READY")]
+    assert nimhost("stop", "q1").exit_code == 0
+    assert wire.rows["deployments", "default", "q1"]["desired"] == "stopped"
+    assert "q1 is READY" in nimhost("start", "q1").stdout
+    assert wire.rows["deployments", "default", "q1"]["desired"] == "running"
