@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct, field
 
 from nimhost.errors import ConfigError
+from nimhost.tokens import hash_entry
 
 Json = dict[str, Any]
 
@@ -29,6 +30,8 @@ class Server(Table, frozen=True, kw_only=True):
     port: int = 8080
     data_dir: str = ""
     allowed_hosts: list[str] = []
+    allowed_origins: list[str] = []
+    api_tokens: list[str] = []
     drain_timeout_s: float = 30.0
 
 
@@ -48,6 +51,7 @@ class SimulatedGpu(Table, frozen=True, kw_only=True):
     cuda: str = ""
     used_gib: float = 0.0
     processes: list[Json] = []
+    links: dict[str, str] = {}
 
 
 class Gpus(Table, frozen=True, kw_only=True):
@@ -82,6 +86,7 @@ class Gateway(Table, frozen=True, kw_only=True):
     connect_timeout_s: float = 5.0
     first_byte_timeout_s: float = 600.0
     idle_timeout_s: float = 300.0
+    keepalive_comments: bool = False
 
 
 class ToolCallPlugin(Table, frozen=True, kw_only=True):
@@ -159,6 +164,11 @@ def data_dir(settings: Settings, env: Mapping[str, str] | None = None) -> Path:
     return Path(share) / "nimhost"
 
 
+def ngc_api_key(env: Mapping[str, str] | None = None) -> str | None:
+    """The key for NVIDIA's registry and hosted models that the environment has, if any."""
+    return (os.environ if env is None else env).get("NGC_API_KEY") or None
+
+
 CLIENT_VARIABLES = frozenset({"NIMHOST_BASE_URL", "NIMHOST_WORKSPACE", "NIMHOST_ACCESS_TOKEN", "NIMHOST_OUTPUT_FORMAT"})
 
 
@@ -168,7 +178,10 @@ def _from_env(env: Mapping[str, str]) -> list[tuple[str, list[str], object]]:
     for name, text in sorted(env.items()):
         if name.startswith("NIMHOST_") and "__" in name and name not in CLIENT_VARIABLES:
             keys = name.removeprefix("NIMHOST_").lower().split("__")
-            found.append((name, keys, text if _type_at(keys) is str else _toml_value(text)))
+            value = text if _type_at(keys) is str else _toml_value(text)
+            if keys == ["server", "api_tokens"] and isinstance(value, list):
+                value = [hash_entry(entry) if isinstance(entry, str) else entry for entry in value]
+            found.append((name, keys, value))
     return found
 
 

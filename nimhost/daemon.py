@@ -3,64 +3,84 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import gc
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import uvicorn
 import uvloop
 
 from nimhost import __version__
+from nimhost.api.access import TokenTable, is_loopback
 from nimhost.api.app import control_plane, entry
 from nimhost.api.parts import Parts
-from nimhost.config import Settings, data_dir, load
-from nimhost.deployments.desired import join
+from nimhost.api.rotation import sealed_in, sealed_rows
+from nimhost.config import Settings, data_dir, load, ngc_api_key
 from nimhost.deployments.discovery import Discovery, Question
 from nimhost.deployments.execute import Executor
+from nimhost.deployments.filesets import Filesets
 from nimhost.deployments.observe import Observer
 from nimhost.deployments.observed import Observed
 from nimhost.deployments.plan import Verdict
-from nimhost.deployments.preflight import check_wish
+from nimhost.deployments.preview import Previews
 from nimhost.deployments.probe import Prober
 from nimhost.deployments.reconciler import Reconciler
+from nimhost.deployments.resolve import Resolver
 from nimhost.deployments.retry import Limits
 from nimhost.deployments.routing import Key, provider_key, route_table
+from nimhost.deployments.specs import Specs
 from nimhost.engines.order import HostFacts
-from nimhost.entities import Deployment, DeploymentStatus, Entity
-from nimhost.errors import ConfigError, NimhostError, NotFound, StartError
+from nimhost.entities import Entity
+from nimhost.errors import ConfigError, NimhostError, NotFound
+from nimhost.gateway.memory import settle
 from nimhost.gateway.proxy import Gateway
-from nimhost.host.containers import DockerContainers
+from nimhost.host.containers import Containers, DockerContainers
 from nimhost.host.files import FileStorage
-from nimhost.host.gpus import Gpus, NvmlGpus, SimulatedGpus, limited
+from nimhost.host.gpus import Gpus, NvmlGpus, SimulatedGpus
+from nimhost.host.hub_files import HubFiles
 from nimhost.host.lock import lock_directory
 from nimhost.host.vault import Vault
 from nimhost.host.weights import Weights, cache_dir_from
-from nimhost.refs import Ref
-from nimhost.store import Store
+from nimhost.kinds import KINDS
+from nimhost.listening import Server, listen
+from nimhost.loopwatch import watching
+from nimhost.refs import NGC_KEY, Ref
+from nimhost.startup import seed, sweep_files
+from nimhost.store import Store, now
+from nimhost.store.tokens import insert_token, stored_tokens
+from nimhost.tokens import RANDOM_BYTES, Scope, Token, parse_entries, remember, spell
 from nimhost.view import View
 
 log = logging.getLogger(__name__)
-
-NGC_KEY = Ref("system", "ngc-api-key")
 
 
 class Daemon:
     """The parts of a running nimhost, wired together."""
 
-    def __init__(self, settings: Settings, directory: Path, store: Store, vault: Vault) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        directory: Path,
+        store: Store,
+        vault: Vault,
+        containers: Containers,
+        gpus: Gpus,
+        tokens: TokenTable | None = None,
+    ) -> None:
         self.settings = settings
         self.store = store
         self.vault = vault
+        self.tokens = tokens or TokenTable()
         self.host = host_facts(settings, directory)
         self.files = FileStorage(directory / "filesets")
         self.gateway = Gateway(settings.gateway)
-        self.containers = DockerContainers(settings.docker.host or None)
-        self.gpus: Gpus = SimulatedGpus(settings.gpus.simulated) if settings.gpus.simulated else NvmlGpus()
+        self.containers = containers
+        self.gpus = gpus
         cache_dir = Path(settings.weights.cache_dir).expanduser() if settings.weights.cache_dir else None
         self.weights = Weights(
             cache_dir or cache_dir_from(os.environ), settings.weights.endpoint, settings.weights.offline
@@ -76,6 +96,13 @@ class Daemon:
             owner=store.owner,
             files_root=self.files.root,
         )
+        filesets = Filesets(self.weights, self.files.root, self.secret)
+        self.specs = Specs(store, filesets, plugins=settings.models.tool_call_plugin.enabled)
+        self.previews = Previews(
+            store=store, observer=self.observer, gpus=self.gpus, devices=settings.gpus.devices, filesets=filesets,
+            host=self.host,
+        )  # fmt: skip
+        self.resolver = Resolver(store, filesets, self.host)
         self.view = View(containers=self.containers, gpus=self.gpus, observer=self.observer)
         self.executor = Executor(
             settings=settings,
@@ -83,6 +110,7 @@ class Daemon:
             containers=self.containers,
             weights=self.weights,
             observer=self.observer,
+            resolver=self.resolver,
             secret=self.secret,
             on_progress=self.view.progressed,
         )
@@ -99,7 +127,7 @@ class Daemon:
         self.first_look = asyncio.Event()
         self._published: object = None
 
-    def app(self) -> object:
+    def app(self, loopback: bool | None = None) -> object:
         parts = Parts(
             store=self.store,
             vault=self.vault,
@@ -107,16 +135,24 @@ class Daemon:
             settings=self.settings,
             host=self.view,
             check_deployment=self.check_deployment,
+            hub=HubFiles(self.weights.cache_dir, self.weights.endpoint, self.weights.offline),
+            specs=self.specs,
+            previews=self.previews,
+            tokens=self.tokens,
         )
-        return entry(control_plane(parts), self.gateway, self.settings)
+        return entry(control_plane(parts), self.gateway, self.settings, self.tokens, loopback=loopback)
 
     async def run(self) -> None:
         """Reconcile until cancelled."""
+        await self.files.open()
+        await sweep_files(self.files, self.store)
         async with self.store.transaction() as tx:
             self.observer.epoch = int(await tx.meta("epoch") or 0)
+        await self.specs.start()
         await self.reconciler.run()
 
     async def close(self) -> None:
+        await self.specs.close()
         await self.discovery.close()
         await self.prober.close()
         await self.gateway.close()
@@ -130,22 +166,19 @@ class Daemon:
 
     async def secret(self, ref: Ref) -> str:
         """The value of a secret, for those who need it to act. Raises NotFound."""
-        if ref == NGC_KEY and (key := os.environ.get("NGC_API_KEY")):
+        entity = await self.store.find("secrets", *ref)
+        if entity is None and ref == NGC_KEY and (key := ngc_api_key()):
             return key
-        entity = await self.store.get("secrets", *ref)
+        if entity is None:
+            raise KINDS["secrets"].not_found(*ref)
         return self.vault.open(entity.wish.value, str(ref))
 
-    async def check_deployment(self, config: Entity) -> None:
+    async def check_deployment(self, config: Entity, force: bool = False) -> None:
         """Refuse what this machine can never run. Raises BadRequest, naming the field."""
-        rows = {(e.kind, e.workspace, e.name): e for kind in ("models", "filesets") for e in await self.store.all(kind)}
-        wanted = Entity(
-            kind="deployments", id="", workspace=config.workspace, name=config.name, created_at="", updated_at="",
-            wish=Deployment(config=config.name), status=DeploymentStatus(),
-        )  # fmt: skip
-        desired = join(wanted, config.wish, lambda *key: rows.get(key), self.host)
-        problem = await asyncio.to_thread(self.observer.local_problem, desired.weights)
-        facts = limited(await self.gpus.read(), self.settings.gpus.devices)
-        check_wish(desired, len(facts.gpus), problem)
+        desired = await self.previews.desired(config)
+        await self.previews.check(desired, force)
+        if desired.order is not None:
+            await self.resolver.check(desired.order)
 
     async def _on_tick(self, verdicts: tuple[Verdict, ...], observed: Observed) -> None:
         """Routes and discovery follow the rows and the verdicts; nothing is made anew when neither changed."""
@@ -155,7 +188,12 @@ class Daemon:
             providers = await self.store.all("providers")
             keys = {Ref(p.workspace, p.name): await self._key(p) for p in providers}
             self.gateway.table = route_table(
-                providers, await self.store.all("models"), await self.store.all("workspaces"), verdicts, keys
+                providers,
+                await self.store.by_ref("models"),
+                await self.store.all("workspaces"),
+                verdicts,
+                keys,
+                await self.store.all("virtual-models"),
             )
             self.discovery.watch(
                 Question(provider=p, headers=key.headers + _extra_headers(p), problem=key.problem)
@@ -176,7 +214,7 @@ class Daemon:
             secret = None
         except NimhostError as error:
             return Key(problem=f"{error.message} {error.hint or ''}".strip())
-        return provider_key(provider.wish, secret)
+        return provider_key(provider, secret)
 
 
 def host_facts(settings: Settings, directory: Path) -> HostFacts:
@@ -184,6 +222,8 @@ def host_facts(settings: Settings, directory: Path) -> HostFacts:
         nim_image=settings.engines.nim.image,
         vllm_image=settings.engines.vllm.image,
         nim_cache_dir=str(directory / "nim-cache"),
+        loras_dir=str(directory / "loras"),
+        files_dir=str(directory / "container-files"),
         shm_bytes=int(settings.docker.shm_gib * 2**30),
     )
 
@@ -216,47 +256,55 @@ def run(config_file: str | None, overrides: Mapping[str, object]) -> int:
         settings = load(config_file, overrides)
         directory = data_dir(settings)
         lock_directory(directory)
-        listener = listen(settings)
-        uvloop.run(_serve(settings, directory, listener))
+        uvloop.run(_serve(settings, directory))
     except NimhostError as error:
         sys.stderr.write(f"Error: {error.message}\n" + (f"Hint: {error.hint}\n" if error.hint else ""))
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
-def listen(settings: Settings) -> socket.socket:
-    """The listening socket. Raises StartError when the address cannot be had."""
-    host, port = settings.server.host, settings.server.port
+def create_token(name: str, scopes: Sequence[Scope]) -> tuple[Token, str, Path]:
+    """Makes an API token while no daemon runs: whoever may write the data directory is the administrator.
+
+    Returns it, how it is spelt, and the data directory. Raises StartError, ConfigError, AlreadyExists.
+    """
+    directory = data_dir(load())
+    lock = lock_directory(directory)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if not host_is_loopback(str(address[0])):
-            raise StartError(
-                f"{host} can be reached from other machines, and nimhost has no access control for them yet.",
-                "Listen on 127.0.0.1, and reach it from elsewhere with: ssh -L 8080:127.0.0.1:8080 HOST",
-            )
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        raise StartError(
-            f"Cannot listen on {host}:{port}: {error.strerror}.", "Choose another port: nimhost serve --port 8081"
-        ) from None
-    return listener
+        text = spell(secrets.token_bytes(RANDOM_BYTES))
+        token = remember(name, scopes, text, now())
+        asyncio.run(_insert_token(directory, token))
+    finally:
+        os.close(lock)
+    return token, text, directory
 
 
-def host_is_loopback(address: str) -> bool:
-    return address == "::1" or address.startswith("127.")
-
-
-async def _serve(settings: Settings, directory: Path, listener: socket.socket) -> None:
+async def _insert_token(directory: Path, token: Token) -> None:
     store = await Store.open(directory / "nimhost.db")
     try:
-        sealed = [(e.wish.value, e.ref) for e in await store.all("secrets")]
-        vault = Vault.load(directory / "key", sealed)
-        daemon = Daemon(settings, directory, store, vault)
+        async with store.transaction() as tx:
+            await insert_token(tx, token)
+    finally:
+        await store.close()
+
+
+async def _serve(settings: Settings, directory: Path) -> None:
+    fixed = parse_entries(settings.server.api_tokens)
+    store = await Store.open(directory / "nimhost.db")
+    try:
+        tokens = TokenTable(fixed, await stored_tokens(store))
+        listener = listen(settings.server, has_tokens=bool(tokens.all()))
+        sealed = [sealed_in(row) for row in await sealed_rows(store)]
+        vault = Vault.load(directory / "key", sealed, os.environ.pop("NIMHOST_ENCRYPTION_KEY", None))
+        await seed(store)
+        containers = DockerContainers(settings.docker.host or None)
+        gpus = SimulatedGpus(settings.gpus.simulated) if settings.gpus.simulated else NvmlGpus()
+        daemon = Daemon(settings, directory, store, vault, containers, gpus, tokens)
         try:
-            await _until_stopped(daemon, listener)
+            gc.collect()
+            gc.freeze()  # what is here stays: later collections need not look at it, and take 1 ms instead of 50
+            with watching():
+                await _until_stopped(daemon, listener)
         finally:
             await daemon.close()
     finally:
@@ -264,25 +312,15 @@ async def _serve(settings: Settings, directory: Path, listener: socket.socket) -
 
 
 async def _until_stopped(daemon: Daemon, listener: socket.socket) -> None:
-    server = _Server(
-        uvicorn.Config(
-            daemon.app(),  # type: ignore[arg-type]
-            http="httptools",
-            loop="none",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=round(daemon.settings.server.drain_timeout_s),
-        )
-    )
+    address = listener.getsockname()
+    app = daemon.app(loopback=is_loopback(address[0]))
+    server = Server(app, daemon.settings.server.drain_timeout_s, on_stop=lambda: _say([_STOPPING]))
+    settle()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
-    host, port = listener.getsockname()[:2]
-    _say([f"nimhost {__version__} listens on http://{host}:{port}"])
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    _say([f"nimhost {__version__} listens on http://{host}:{address[1]}"])
     reconciling = asyncio.create_task(daemon.run(), name="reconciler")
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
     try:
@@ -296,18 +334,7 @@ async def _until_stopped(daemon: Daemon, listener: socket.socket) -> None:
         await asyncio.gather(reconciling, serving, return_exceptions=True)
 
 
-class _Server(uvicorn.Server):
-    """The first signal drains, the second one forces."""
-
-    def stop(self) -> None:
-        self.force_exit = self.should_exit
-        if not self.should_exit:
-            _say(["Stopping: letting replies end. Engines keep running. Once more to force."])
-        self.should_exit = True
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+_STOPPING = "Stopping: letting replies end. Engines keep running. Once more to force."
 
 
 def _findings(observed: Observed, observer: Observer, verdicts: tuple[Verdict, ...]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Every kind of thing nimhost remembers, and KINDS: the table that generates API, client and CLI.
+"""Every kind of thing nimhost remembers.
 
 A kind has two halves. The *wish* is what a client sets; the *status* is what the daemon found out. The API shows both
-as one object; only the wish has versions, and only a changed wish wakes the reconciler.
+as one object; only the wish has versions, and only a changed wish wakes the reconciler. `kinds.py` has the table.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
-from nimhost.errors import AlreadyExists, NotFound
+from nimhost.runs import Run
+from nimhost.sizes import MemorySpec
 
 Json = dict[str, Any]
+Text255 = Annotated[str, Meta(max_length=255)]
+Text1000 = Annotated[str, Meta(max_length=1000)]
+Text2048 = Annotated[str, Meta(max_length=2048)]
 
 # --- workspaces, secrets -------------------------------------------------------------------------------------------
 
@@ -27,6 +31,10 @@ class Nothing(Struct, frozen=True):
 
 
 class Workspace(Wish, frozen=True, kw_only=True):
+    description: str | None = None
+
+
+class Project(Wish, frozen=True, kw_only=True):
     description: str | None = None
 
 
@@ -82,7 +90,7 @@ class FilesetMetadata(Wish, frozen=True, kw_only=True):
 class Fileset(Wish, frozen=True, kw_only=True):
     storage: Storage = LocalStorage()
     purpose: Literal["generic", "dataset", "model"] = "generic"
-    description: str = ""
+    description: Text255 = ""
     project: str = ""
     metadata: FilesetMetadata = FilesetMetadata()
     custom_fields: Json = {}
@@ -120,8 +128,8 @@ class LinearLayerSpec(Wish, frozen=True, kw_only=True):
 
 
 class ToolCallConfig(Wish, frozen=True, kw_only=True):
-    tool_call_parser: str | None = None
-    tool_call_plugin: str | None = None
+    tool_call_parser: Text255 | None = None
+    tool_call_plugin: Text255 | None = None
     auto_tool_choice: bool | None = None
 
 
@@ -150,6 +158,7 @@ class ModelSpec(Wish, frozen=True, kw_only=True):
     tool_call_config: ToolCallConfig | None = None
     minimum_gpus_all_weights: int | None = None
     minimum_gpus_lora: int | None = None
+    memory: MemorySpec | None = None
 
 
 FinetuningType = Literal[
@@ -185,7 +194,7 @@ class Prompt(Wish, frozen=True, kw_only=True):
 
 class Model(Wish, frozen=True, kw_only=True):
     project: str | None = None
-    description: str | None = None
+    description: Text1000 | None = None
     spec: ModelSpec | None = None
     finetuning_type: FinetuningType | None = None
     fileset: str | None = None
@@ -199,6 +208,54 @@ class Model(Wish, frozen=True, kw_only=True):
     trust_remote_code: bool = False
 
 
+class ModelStatus(Struct, frozen=True, kw_only=True):
+    """What the checkpoint of a model says about it. None of it is there for a model without a fileset."""
+
+    spec: ModelSpec | None = None
+    """The wish's spec with its gaps filled: `models.spec.spec_of` says when it is the one that counts."""
+    spec_status: Literal["ready", "pending", "failed"] | None = None
+    spec_message: str | None = None
+    """What it waits for, or why it failed; None when it is ready."""
+    spec_wish: str = ""
+    """Hash of the part of the wish that all this was found out for."""
+    spec_fileset: str | None = None
+    """The fileset whose tool calling was handed down already."""
+
+
+class Lora(Wish, frozen=True, kw_only=True):
+    rank: int
+    alpha: int | None = None
+
+
+class Adapter(Wish, frozen=True, kw_only=True):
+    """Weights on top of a model: loaded into whatever engine serves it. `model` is `workspace/name`."""
+
+    model: str
+    fileset: str
+    finetuning_type: FinetuningType
+    description: Text1000 | None = None
+    enabled: bool = True
+    lora_config: Lora | None = None
+
+
+class VirtualModelRoute(Wish, frozen=True, kw_only=True):
+    model: str
+    backend_format: BackendFormat | None = None
+
+
+class VirtualModel(Wish, frozen=True, kw_only=True):
+    """Another name for a model. Every served model is one of its own accord (`autoprovisioned`)."""
+
+    default_model_entity: str | None = None
+    autoprovisioned: bool = False
+    project: str | None = None
+    models: list[VirtualModelRoute] = []
+    request_middleware: list[Json] = []
+    response_middleware: list[Json] = []
+    post_response_middleware: list[Json] = []
+    override_proxy: str | None = None
+
+
 # --- deployment configs and deployments ----------------------------------------------------------------------------
 
 Engine = Literal["nim", "vllm", "generic"]
@@ -208,9 +265,9 @@ class DeployModelSpec(Wish, frozen=True, kw_only=True):
     """The `model_spec` of a deployment config: which model, and how it formats chats and calls tools."""
 
     model_type: Literal["llm", "embed", "other"] | None = None
-    model_namespace: str | None = None
-    model_name: str | None = None
-    model_revision: str | None = None
+    model_namespace: Text255 | None = None
+    model_name: Text255 | None = None
+    model_revision: Text255 | None = None
     chat_template: str | None = None
     tool_call_config: ToolCallConfig | None = None
     lora_enabled: bool = False
@@ -218,6 +275,8 @@ class DeployModelSpec(Wish, frozen=True, kw_only=True):
 
 class ExecutorConfig(Wish, frozen=True, kw_only=True):
     gpu: Annotated[int, Meta(ge=0, le=1024)]
+    gpu_memory_gib: Annotated[float, Meta(gt=0)] | None = None
+    """A share of each GPU, which others may then share; None: all of it, for itself alone."""
     disk_size: str = "50Gi"
     image_name: str | None = None
     image_tag: str | None = None
@@ -235,8 +294,8 @@ class DeploymentConfig(Wish, frozen=True, kw_only=True):
     model_spec: DeployModelSpec
     executor_config: ExecutorConfig
     project: str | None = None
-    description: str | None = None
-    model_entity_id: str | None = None
+    description: Text1000 | None = None
+    model_entity_id: Text255 | None = None
 
 
 class Deployment(Wish, frozen=True, kw_only=True):
@@ -244,6 +303,8 @@ class Deployment(Wish, frozen=True, kw_only=True):
     config_version: int | None = None
     project: str | None = None
     desired: Literal["running", "stopped"] = "running"
+    force: bool = False
+    """Start it although the preflight says that it cannot work."""
     deleting: bool = False
 
 
@@ -257,48 +318,6 @@ class HistoryEntry(Struct, frozen=True):
 
 
 HISTORY_LIMIT = 100
-
-
-class Failure(Struct, frozen=True, kw_only=True):
-    """Why the last attempt did not work. `final`: only a changed wish, or a person who says `start`, can help."""
-
-    message: str
-    final: bool
-
-
-class Run(Struct, frozen=True, kw_only=True):
-    """How bringing a deployment up is going: what a restart of the daemon must not forget.
-
-    Times are Unix times in seconds, 0 for never.
-    """
-
-    spec_hash: str = ""
-    """The wish that all the rest belongs to; another wish starts from a fresh Run."""
-    image_id: str | None = None
-    """The image this wish was resolved to at its first start: a tag that moves later does not change it."""
-    commit: str | None = None
-    """The commit of the weights, likewise."""
-    resolved: Json | None = None
-    """The ContainerSpec, likewise: a new nimhost or a new default never changes what a wish became."""
-    attempts: int = 0
-    """Failures in a row."""
-    retry_at: float = 0.0
-    """No new attempt before this time."""
-    failure: Failure | None = None
-    started_at: float = 0.0
-    """The last start of a container."""
-    ready_at: float = 0.0
-    """When `ready_container` became READY."""
-    ready_container: str | None = None
-    """The container that has been READY: tells an engine that broke from one that is still loading."""
-    exited_container: str | None = None
-    """The container whose exit is already counted in `attempts`."""
-    waiting_since: float = 0.0
-    """When it began to wait for GPUs: its place in the queue."""
-
-    def forgiven(self) -> Run:
-        """With nothing held against it: what a person gets who says stop or start."""
-        return replace(self, attempts=0, failure=None, retry_at=0.0, waiting_since=0.0)
 
 
 class DeploymentStatus(Struct, frozen=True, kw_only=True):
@@ -320,17 +339,17 @@ class DeploymentStatus(Struct, frozen=True, kw_only=True):
 
 
 class Provider(Wish, frozen=True, kw_only=True):
-    host_url: str
+    host_url: Text2048
     api_key_secret_name: str | None = None
     enabled_models: list[str] | None = None
     default_extra_body: Json | None = None
     default_extra_headers: dict[str, str] | None = None
     required_extra_body: Json | None = None
     required_extra_headers: dict[str, str] | None = None
-    model_deployment_id: str | None = None
-    auth_header_format: str | None = None
+    model_deployment_id: Text255 | None = None
+    auth_header_format: Annotated[str, Meta(max_length=1024)] | None = None
     project: str | None = None
-    description: str | None = None
+    description: Text1000 | None = None
 
 
 class ServedModel(Struct, frozen=True):
@@ -346,132 +365,7 @@ class ProviderStatus(Struct, frozen=True, kw_only=True):
     """Where a deployment's engine listens now; None: what the wish says."""
 
 
-# --- the table -----------------------------------------------------------------------------------------------------
-
-
-class Kind(Struct, frozen=True, kw_only=True):
-    """One row of KINDS: everything the API, the client and the CLI need to know about a kind."""
-
-    key: str
-    """The word in URLs."""
-    label: str
-    """The word in sentences."""
-    id_prefix: str
-    service: str
-    """`models` is served under `/apis/models/v2`."""
-    wish: type[Wish]
-    status: type[Struct] = Nothing
-    in_workspace: bool = True
-    updatable: tuple[str, ...] = ()
-    """Fields an update may carry; empty: all."""
-    update: Literal["PATCH", "PUT", "VERSION"] = "PATCH"
-    """PATCH: the fields that are there. PUT: replaces, and creates. VERSION: POST to the name makes a new version."""
-    upsert: bool = False
-    create_code: int = 201
-    delete_code: int = 204
-    page_size: int = 100
-    page_size_max: int = 1000
-    pages_when_empty: int = 0
-    """`total_pages` of an empty list."""
-    sort: str | None = "created_at"
-    sortable: tuple[str, ...] = ("name", "created_at", "updated_at")
-    filterable: tuple[str, ...] = ()
-    json_paths: dict[str, str] = {}
-    """Where a filterable field is kept, if not under its own name."""
-    secret: tuple[str, ...] = ()
-    """Wish fields that the vault seals; never in a reply."""
-    hidden: tuple[str, ...] = ()
-    """Stored fields that no reply shows."""
-    internal: tuple[str, ...] = ()
-    """Wish fields that only nimhost sets."""
-    settable_status: tuple[str, ...] = ()
-    """Status fields that a create or replace may carry."""
-    empty_for_null: tuple[str, ...] = ()
-    """Text fields that replies show as "" rather than null."""
-    kept: tuple[str, ...] = ()
-    """Fields that an update keeps when it does not name them, though it replaces the rest."""
-    list_nulls: bool = False
-    """Lists show fields that are null."""
-    fixed: Json = {}
-    """Reply fields that never vary here, for clients that look for them."""
-    has_id: bool = True
-    missing: str = "{label} '{workspace}/{name}' not found"
-    taken: str = "{label} with workspace '{workspace}' and name '{name}' already exists"
-    cli: str
-    """The command group, e.g. `inference providers`."""
-
-    @property
-    def versioned(self) -> bool:
-        return self.update == "VERSION"
-
-    def path(self, workspace: str) -> str:
-        base = f"/apis/{self.service}/v2"
-        return f"{base}/workspaces/{workspace}/{self.key}" if self.in_workspace else f"{base}/{self.key}"
-
-    def not_found(self, workspace: str, name: str) -> NotFound:
-        return NotFound(self.missing.format(label=self.label, workspace=workspace, name=name))
-
-    def already_exists(self, workspace: str, name: str) -> AlreadyExists:
-        return AlreadyExists(self.taken.format(label=self.label, workspace=workspace, name=name))
-
-
-NOBODY: Json = {
-    "principal_id": "", "principal_email": None, "principal_groups": [], "principal_on_behalf_of": None,
-    "principal_on_behalf_of_groups": None, "principal_on_behalf_of_email": None,
-}  # fmt: skip
-
-KINDS: dict[str, Kind] = {
-    kind.key: kind
-    for kind in (
-        Kind(
-            key="workspaces", label="Workspace", id_prefix="workspace", service="entities", wish=Workspace,
-            in_workspace=False, update="PUT", delete_code=200, sort="-created_at",
-            sortable=("created_at", "updated_at"), filterable=("description",), list_nulls=True,
-            fixed={"created_by": None, "updated_by": None},
-            missing="Workspace '{name}' not found", taken="Workspace '{name}' already exists", cli="workspaces",
-        ),
-        Kind(
-            key="secrets", label="Secret", id_prefix="secret", service="secrets", wish=Secret, page_size=10, sort=None,
-            sortable=(), secret=("value",), has_id=False,
-            missing="Secret {workspace}/{name} not found", taken="Secret '{workspace}/{name}' already exists",
-            cli="secrets",
-        ),
-        Kind(
-            key="filesets", label="Fileset", id_prefix="fileset", service="files", wish=Fileset, create_code=200,
-            delete_code=200, page_size=10, page_size_max=100, sort="-created_at", sortable=("name", "created_at"),
-            updatable=("description", "project", "purpose", "metadata", "custom_fields", "storage"),
-            filterable=("description", "purpose", "storage_type"), json_paths={"storage_type": "storage.type"},
-            hidden=("cache",), empty_for_null=("description", "project"),
-            missing="Fileset '{name}' not found in workspace '{workspace}'",
-            taken="Fileset '{workspace}/{name}' already exists", cli="files filesets",
-        ),
-        Kind(
-            key="models", label="Model", id_prefix="model", service="models", wish=Model,
-            filterable=("project", "base_model", "finetuning_type", "description", "fileset"), fixed={"adapters": []},
-            missing="Model with workspace '{workspace}' and name '{name}' not found", cli="models",
-        ),
-        Kind(
-            key="deployment-configs", label="Deployment config", id_prefix="model-deployment-config",
-            service="models", wish=DeploymentConfig, update="VERSION", pages_when_empty=1, kept=("project",),
-            filterable=("project", "model_entity_id", "description", "engine"), cli="inference deployment-configs",
-        ),
-        Kind(
-            key="deployments", label="Deployment", id_prefix="model-deployment", service="models", wish=Deployment,
-            status=DeploymentStatus, update="VERSION", delete_code=202, pages_when_empty=1,
-            filterable=("project", "status", "config", "model_provider_id", "status_message"),
-            hidden=("run", "deleting"), internal=("deleting",), kept=("project", "desired", "deleting"),
-            fixed={"auth_context": NOBODY}, cli="inference deployments",
-        ),
-        Kind(
-            key="providers", label="Model provider", id_prefix="model-provider", service="models", wish=Provider,
-            status=ProviderStatus, update="PUT", upsert=True, settable_status=("status", "status_message"),
-            sortable=("name", "created_at", "updated_at", "status"),
-            filterable=("project", "status", "model_deployment_id", "description", "host_url"),
-            fixed={"auth_context": NOBODY}, missing="Model provider not found: {workspace}/{name}",
-            cli="inference providers",
-        ),
-    )
-}  # fmt: skip
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 class Entity(Struct, frozen=True, kw_only=True):

@@ -4,6 +4,8 @@ Every error has a `message` (what happened and why) and, where something can be 
 
     NimhostError
     ├── BadRequest            400  the request cannot be carried out as written
+    │   ├── BodyTooLarge      413
+    │   └── MethodNotAllowed  405
     ├── InvalidRequest        422  fields of the request are wrong; `problems` names each of them
     ├── Forbidden             403  needs a setting or an administrator's token
     ├── Unauthorized          401  needs a token
@@ -13,8 +15,10 @@ Every error has a `message` (what happened and why) and, where something can be 
     │   └── InUse                  something else still needs it
     ├── NotReady              503  known, but it cannot answer yet; `retry_after_s`
     ├── UpstreamError         502  an engine or provider could not be reached or broke off
-    │   └── ProviderRefused        it refused the key that nimhost sent
+    │   ├── ProviderRefused        it refused the key that nimhost sent
+    │   └── Unreachable            said by the client: no nimhost answers at the address
     ├── UpstreamTimeout       504
+    ├── NotSupported          501  whoever would have to do it cannot
     ├── HostError             500  the machine said no
     │   ├── DockerUnavailable 503
     │   ├── DockerError            any other refusal of the Docker engine
@@ -61,6 +65,14 @@ class NimhostError(Exception):
 
 
 class BadRequest(NimhostError):
+    pass
+
+
+class BodyTooLarge(BadRequest):
+    pass
+
+
+class MethodNotAllowed(BadRequest):
     pass
 
 
@@ -116,8 +128,16 @@ class ProviderRefused(UpstreamError):
     final = True
 
 
+class Unreachable(UpstreamError):
+    pass
+
+
 class UpstreamTimeout(NimhostError):
     final = False
+
+
+class NotSupported(NimhostError):
+    pass
 
 
 class HostError(NimhostError):
@@ -195,6 +215,8 @@ class ConfigError(StartError):
 STATUS: dict[type[NimhostError], int] = {
     NimhostError: 500,
     BadRequest: 400,
+    BodyTooLarge: 413,
+    MethodNotAllowed: 405,
     InvalidRequest: 422,
     Forbidden: 403,
     Unauthorized: 401,
@@ -203,6 +225,7 @@ STATUS: dict[type[NimhostError], int] = {
     NotReady: 503,
     UpstreamError: 502,
     UpstreamTimeout: 504,
+    NotSupported: 501,
     DockerUnavailable: 503,
     DiskFull: 507,
     HubUnavailable: 502,
@@ -216,8 +239,8 @@ def status_of(error: NimhostError | type[NimhostError]) -> int:
 
 
 def all_errors(root: type[NimhostError] = NimhostError) -> dict[str, type[NimhostError]]:
-    """Every class of the tree by name."""
-    tree = {root.__name__: root}
+    """Every class of the tree by name, but for private ones: they do not leave their module."""
+    tree = {} if root.__name__.startswith("_") else {root.__name__: root}
     for child in root.__subclasses__():
         tree |= all_errors(child)
     return tree

@@ -26,6 +26,10 @@ class Ref(NamedTuple):
         return f"{self.workspace}/{self.name}"
 
 
+NGC_KEY = Ref(SYSTEM_WORKSPACE, "ngc-api-key")
+"""The secret that NVIDIA's registry and hosted models are used with."""
+
+
 def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 

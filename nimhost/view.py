@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from nimhost.deployments.execute import Executor, Progress
-from nimhost.deployments.observe import Observer, claimed
+from nimhost.deployments.gpu_use import shown
+from nimhost.deployments.observe import Observer
 from nimhost.deployments.observed import Instance, Observed
 from nimhost.deployments.plan import Verdict
 from nimhost.deployments.reconciler import Reconciler
@@ -79,8 +80,7 @@ class View:
 
     async def gpus(self) -> list[Json]:
         facts = await self._gpus.read()
-        holders = claimed(facts.gpus, self._observer.claims)
-        return [msgspec.to_builtins(gpu) | {"holder": holders.get(gpu.uuid)} for gpu in facts.gpus]
+        return [shown(gpu, self._observer.claims) for gpu in facts.gpus]
 
     async def logs(self, deployment: Entity, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
         instance = self._instances.get(Ref(deployment.workspace, deployment.name))
