@@ -1,8 +1,9 @@
 """What the gateway costs, beside doing without one, nginx and LiteLLM (where installed), in one run on one machine.
 
-Rounds are interleaved (each target in each round) and medians are shown. CPU time is the proxy process's own, from
-/proc/PID/stat, so that a busy machine blurs it little. A reply that is not 200, is missing, or differs from the
-engine's by one byte makes the run void (exit 1).
+Rounds are interleaved (each target in each round) and medians are shown. CPU time is the proxy process's own, all its
+threads, so that a busy machine blurs it little; what is "added" to times is measured against the engine itself. nimhost
+runs as the daemon does: behind its server and its gate, model looked up and rewritten. A reply that is not 200, is
+missing, or differs from the engine's by one byte makes the run void (exit 1).
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 GATEWAY_PATH = "/apis/inference-gateway/v2/workspaces/default/openai/-/v1/chat/completions"
 PLAIN_PATH = "/v1/chat/completions"
 NGINX = """
@@ -54,12 +54,12 @@ class Target:
     name: str
     port: int
     path: str = PLAIN_PATH
-    model: str = "default/bench"
     exact: bool = True
     pid: int | None = None
     """None: no proxy, nothing to measure."""
     share: float = 1.0
     """Of the requests, for what is too slow for all of them."""
+    most_connections: int = 1_000_000
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -71,21 +71,29 @@ class Load:
     connections: int
     requests: int
     chunks: int = 0
-    prompt_repeats: int = 10
+    pause_ms: float = 0.0
+    prompt_bytes: int = 100
 
     @property
     def unit(self) -> str:
         return "chunk" if self.chunks else "request"
 
 
-@dataclass
-class Result:
-    cpu_us: list[float] = field(default_factory=list)
-    rate: list[float] = field(default_factory=list)
-    p50_ms: list[float] = field(default_factory=list)
-    p99_ms: list[float] = field(default_factory=list)
-    first_ms: list[float] = field(default_factory=list)
-    wrong: int = 0
+def loads(args: argparse.Namespace) -> list[Load]:
+    """The last but one has an aim of its own: see `verdicts`."""
+    n = args.requests
+    found = [
+        Load("1 connection", 1, n // 4),
+        Load("32 connections", 32, n),
+        Load("256 connections", 256, n),
+        Load("32 connections, 100 KB", 32, n // 4, prompt_bytes=100_000),
+        Load("128 streams x 100", 128, 128, 100, 20.0),
+        Load("1000 streams, 10/s", 1000, 1000, 50, 100.0),
+    ]
+    return [load for load in found if not args.only or any(word in load.name for word in args.only)]
+
+
+# --- processes
 
 
 def free_port() -> int:
@@ -100,8 +108,8 @@ def listens(port: int) -> bool:
 
 
 def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * TICK_S
+    """Of all threads."""
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 def rss_mb(pid: int) -> float:
@@ -129,44 +137,162 @@ def running(command: list[str], port: int, timeout_s: float = 15.0, **env: str) 
             process.wait()
 
 
-def measure(target: Target, load: Load, result: Result) -> None:
+@contextmanager
+def proxies(engine: int, folder: Path) -> Iterator[list[Target]]:
+    targets = [Target("direct", engine)]
+    with ExitStack() as stack:
+        port = free_port()
+        command = [sys.executable, str(HERE / "bench_proxy.py"), str(port), f"http://127.0.0.1:{engine}"]
+        targets.append(Target("nimhost", port, GATEWAY_PATH, pid=stack.enter_context(running(command, port))))
+        if nginx := shutil.which("nginx") or shutil.which("/usr/sbin/nginx"):
+            port, config = free_port(), folder / "nginx.conf"
+            config.write_text(NGINX.format(dir=folder, engine=engine, port=port))
+            command = [nginx, "-e", str(folder / "error.log"), "-c", str(config)]
+            targets.append(Target("nginx", port, pid=stack.enter_context(running(command, port))))
+        else:
+            print("nginx is not installed: no comparison with it (apt-get install nginx-light)", file=sys.stderr)
+        if litellm := shutil.which("litellm"):
+            targets.append(stack.enter_context(litellm_running(litellm, engine, folder)))
+        else:
+            print("litellm is not on the PATH: no comparison with it", file=sys.stderr)
+        yield targets
+
+
+@contextmanager
+def litellm_running(program: str, engine: int, folder: Path) -> Iterator[Target]:
+    port, config, key = free_port(), folder / "litellm.yaml", f"sk-{secrets.token_hex(16)}"  # it wants one
+    config.write_text(LITELLM.format(engine=engine))
+    command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+    with running(command, port, 120.0, LITELLM_MASTER_KEY=key) as pid:
+        headers = {"authorization": f"Bearer {key}"}
+        yield Target("litellm", port, exact=False, pid=pid, share=0.02, most_connections=128, headers=headers)
+
+
+# --- measuring
+
+
+@dataclass
+class Round:
+    cpu_us: float
+    """For one request or chunk."""
+    per_s: float
+    p50_ms: float
+    p99_ms: float
+    first_ms: float
+    wrong: int
+
+
+def measure(target: Target, load: Load) -> Round:
     requests = max(int(load.requests * target.share), load.connections)
     order = {
-        "port": target.port, "path": target.path, "model": target.model, "connections": load.connections,
-        "requests": requests, "chunks": load.chunks, "prompt_repeats": load.prompt_repeats, "exact": target.exact,
-        "headers": target.headers,
+        "port": target.port, "path": target.path, "model": "default/bench", "connections": load.connections,
+        "requests": requests, "chunks": load.chunks, "pause_ms": load.pause_ms, "prompt_bytes": load.prompt_bytes,
+        "exact": target.exact, "headers": target.headers,
     }  # fmt: skip
     before_s = cpu_s(target.pid) if target.pid else 0.0
     command = [sys.executable, str(HERE / "bench_load.py"), json.dumps(order)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     spent_s = cpu_s(target.pid) - before_s if target.pid else 0.0
-    report = json.loads(run.stdout)
     units = requests * (load.chunks + 1 if load.chunks else 1)
-    result.cpu_us.append(spent_s / units * 1e6)
-    result.rate.append(units / report["wall_s"])
-    result.p50_ms.append((report["p50_s"] or 0) * 1e3)
-    result.p99_ms.append((report["p99_s"] or 0) * 1e3)
-    result.first_ms.append((report["first_p50_s"] or 0) * 1e3)
-    result.wrong += report["not_200"] + report["missing"] + report["altered"] + report["lost_events"]
+    return Round(
+        cpu_us=spent_s / units * 1e6,
+        per_s=units / report["wall_s"],
+        p50_ms=(report["p50_s"] or 0) * 1e3,
+        p99_ms=(report["p99_s"] or 0) * 1e3,
+        first_ms=(report["first_p50_s"] or 0) * 1e3,
+        wrong=report["not_200"] + report["missing"] + report["altered"] + report["lost_events"],
+    )
 
 
-def loads(args: argparse.Namespace) -> list[Load]:
-    repeats = 100_000 // len("Tell me a story. ")
-    return [
-        Load("1 connection", 1, args.requests // 4),
-        Load("32 connections", 32, args.requests),
-        Load("32 connections, 100 KB prompts", 32, args.requests // 10, prompt_repeats=repeats),
-        Load(f"{args.streams} streams x {args.chunks} chunks", args.streams, args.streams, chunks=args.chunks),
-    ]
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    engine, chosen = free_port(), loads(args)
+    with running([sys.executable, str(HERE / "bench_upstream.py"), str(engine)], engine), \
+            proxies(engine, folder) as targets:  # fmt: skip
+        pairs = [(load, target) for load in chosen for target in targets if load.connections <= target.most_connections]
+        for load, target in pairs:  # warm
+            few = Load(load.name, load.connections, max(load.requests // 10, 1), load.chunks and 5)
+            measure(target, few)
+        rss_before = {target.name: rss_mb(target.pid) for target in targets if target.pid}
+        rounds: dict[tuple[str, str], list[Round]] = {(load.name, target.name): [] for load, target in pairs}
+        for number in range(args.rounds):
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+            for load, target in pairs:
+                rounds[load.name, target.name].append(measure(target, load))
+        rss_after = {target.name: rss_mb(target.pid) for target in targets if target.pid}
+    rows = [row(load, target.name, rounds) for load, target in pairs]
+    void = [f"{name}, {load}" for (load, name), found in rounds.items() if any(one.wrong for one in found)]
+    report = {"rounds": args.rounds, "rows": rows, "void": void, "rss_before_mb": rss_before, "rss_after_mb": rss_after}
+    return report | {"verdicts": verdicts(report)}
+
+
+def row(load: Load, name: str, rounds: dict[tuple[str, str], list[Round]]) -> dict[str, Any]:
+    def median(target: str, what: str) -> float | None:
+        found = rounds.get((load.name, target))
+        return statistics.median(getattr(one, what) for one in found) if found else None
+
+    added = {
+        f"added_{what}": median(name, what) - median("direct", what)  # type: ignore[operator]
+        for what in ("p50_ms", "p99_ms", "first_ms")
+    }
+    nginx_us, cpu_us = median("nginx", "cpu_us"), median(name, "cpu_us")
+    return {
+        "load": load.name, "target": name, "unit": load.unit, "cpu_us": cpu_us, "per_s": median(name, "per_s"), **added,
+        "times_nginx": cpu_us / nginx_us if nginx_us and cpu_us else None,
+        "wrong": sum(one.wrong for one in rounds[load.name, name]),
+        "rounds": [asdict(one) for one in rounds[load.name, name]],
+    }  # fmt: skip
+
+
+def verdicts(report: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """What was promised -> what was measured: name, number, limit, kept."""
+    rows = {(r["load"], r["target"]): r for r in report["rows"]}
+    found: list[tuple[str, float, str, bool]] = []
+
+    def promise(name: str, number: float | None, limit: float) -> None:
+        if number is not None:
+            found.append((name, number, f"<= {limit:g}", number <= limit))
+
+    def value(load: str, what: str, target: str = "nimhost") -> Any:
+        return rows.get((load, target), {}).get(what)
+
+    promise("CPU per request, times nginx's, 32 connections", value("32 connections", "times_nginx"), 5)
+    promise("CPU per chunk, times nginx's, 128 streams", value("128 streams x 100", "times_nginx"), 2)
+    promise("added p50 at one connection, ms", value("1 connection", "added_p50_ms"), 0.5)
+    small, large = value("32 connections", "cpu_us"), value("32 connections, 100 KB", "cpu_us")
+    promise("CPU of a 100 KB body, times a 100-byte one's", large / small if small and large else None, 3)
+    promise("RSS after everything, MB", report["rss_after_mb"].get("nimhost"), 150)
+    litellm = value("32 connections", "cpu_us", "litellm")
+    promise("CPU per request, times LiteLLM's", small / litellm if small and litellm else None, 1 / 60)
+    return found
+
+
+def print_table(report: dict[str, Any]) -> None:
+    head = ("load", "target", "CPU us", "per", "x nginx", "per s", "+p50 ms", "+p99 ms", "+first ms", "wrong")
+    lines = [head]
+    for r in report["rows"]:
+        proxy = r["target"] != "direct"
+        lines.append((
+            r["load"], r["target"], f"{r['cpu_us']:.1f}" if proxy else "", r["unit"] if proxy else "",
+            f"{r['times_nginx']:.2f}" if proxy and r["times_nginx"] else "", f"{r['per_s']:.0f}",
+            *(f"{r[key]:.2f}" if proxy else "" for key in ("added_p50_ms", "added_p99_ms", "added_first_ms")),
+            str(r["wrong"]),
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for name, before in report["rss_before_mb"].items():
+        print(f"RSS of {name}: {before:.0f} MB warm, {report['rss_after_mb'][name]:.0f} MB after")
+    for name, number, limit, kept in report["verdicts"]:
+        print(f"{'ok    ' if kept else 'MISSED'} {name}: {number:.3g} ({limit})")
+    if report["void"]:
+        print(f"VOID: wrong, missing or altered replies in {'; '.join(report['void'])}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="scripts/bench gateway")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=10_000, help="requests a round at 32 connections")
-    parser.add_argument("--streams", type=int, default=128)
-    parser.add_argument("--chunks", type=int, default=100)
-    parser.add_argument("--pause-ms", type=float, default=20.0, help="pause of the engine between two chunks")
+    parser.add_argument("--only", nargs="*", help="loads whose name has one of these words")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -175,112 +301,6 @@ def main() -> int:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     print_table(report)
     return 1 if report["void"] else 0
-
-
-def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    engine, chosen = free_port(), loads(args)
-    upstream = [
-        sys.executable,
-        str(HERE / "bench_upstream.py"),
-        str(engine),
-        str(args.chunks),
-        str(args.pause_ms / 1000),
-    ]
-    with running(upstream, engine), proxies(engine, folder) as targets:
-        for target in targets:  # warm
-            for load in chosen:
-                measure(target, Load(load.name, load.connections, load.requests // 10, load.chunks), Result())
-        rss_before = {target.name: rss_mb(target.pid) for target in targets if target.pid}
-        results = {(target.name, load.name): Result() for target in targets for load in chosen}
-        for number in range(args.rounds):
-            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-            for load in chosen:
-                for target in targets:
-                    measure(target, load, results[target.name, load.name])
-        rss_after = {target.name: rss_mb(target.pid) for target in targets if target.pid}
-    rows = [row(target.name, load, results, rss_before, rss_after) for load in chosen for target in targets]
-    void = [f"{name}, {load}" for (name, load), result in results.items() if result.wrong]
-    return {"rounds": args.rounds, "pause_ms": args.pause_ms, "rows": rows, "void": void}
-
-
-@contextmanager
-def proxies(engine: int, folder: Path) -> Iterator[list[Target]]:
-    targets = [Target("direct", engine)]
-    own, nginx, other = free_port(), free_port(), free_port()
-    with running([sys.executable, str(HERE / "bench_proxy.py"), str(own), f"http://127.0.0.1:{engine}"], own) as pid:
-        targets.append(Target("nimhost", own, GATEWAY_PATH, pid=pid))
-        with nginx_running(engine, nginx, folder) as nginx_pid:
-            if nginx_pid:
-                targets.append(Target("nginx", nginx, pid=nginx_pid))
-            key = f"sk-{secrets.token_hex(16)}"  # it does not start without one
-            with litellm_running(engine, other, folder, key) as litellm_pid:
-                if litellm_pid:
-                    headers = {"authorization": f"Bearer {key}"}
-                    targets.append(Target("litellm", other, exact=False, pid=litellm_pid, share=0.02, headers=headers))
-                yield targets
-
-
-@contextmanager
-def nginx_running(engine: int, port: int, folder: Path) -> Iterator[int | None]:
-    program = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
-    if not program:
-        print("nginx is not installed: no comparison with it (apt-get install nginx-light)", file=sys.stderr)
-        yield None
-        return
-    config = folder / "nginx.conf"
-    config.write_text(NGINX.format(dir=folder, engine=engine, port=port))
-    with running([program, "-e", str(folder / "error.log"), "-c", str(config)], port) as pid:
-        yield pid
-
-
-@contextmanager
-def litellm_running(engine: int, port: int, folder: Path, key: str) -> Iterator[int | None]:
-    program = shutil.which("litellm")
-    if not program:
-        print("litellm is not on the PATH: no comparison with it", file=sys.stderr)
-        yield None
-        return
-    config = folder / "litellm.yaml"
-    config.write_text(LITELLM.format(engine=engine))
-    command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
-    with running(command, port, 120.0, LITELLM_MASTER_KEY=key) as pid:
-        yield pid
-
-
-def row(
-    name: str, load: Load, results: dict[tuple[str, str], Result], before: dict[str, float], after: dict[str, float]
-) -> dict[str, Any]:
-    result, direct = results[name, load.name], results["direct", load.name]
-    nginx = results.get(("nginx", load.name))
-    cpu_us = statistics.median(result.cpu_us)
-    nginx_us = statistics.median(nginx.cpu_us) if nginx else 0.0
-    return {
-        "load": load.name, "target": name, "unit": load.unit, "cpu_us": cpu_us, "cpu_us_rounds": result.cpu_us,
-        "times_nginx": cpu_us / nginx_us if nginx_us else None,
-        "per_s": statistics.median(result.rate),
-        "added_p50_ms": statistics.median(result.p50_ms) - statistics.median(direct.p50_ms),
-        "added_p99_ms": statistics.median(result.p99_ms) - statistics.median(direct.p99_ms),
-        "added_first_ms": statistics.median(result.first_ms) - statistics.median(direct.first_ms),
-        "wrong": result.wrong, "rss_before_mb": before.get(name), "rss_after_mb": after.get(name),
-    }  # fmt: skip
-
-
-def print_table(report: dict[str, Any]) -> None:
-    head = ("load", "target", "CPU us", "per", "x nginx", "per s", "+p50 ms", "+p99 ms", "+first ms", "wrong", "RSS MB")
-    lines = [head]
-    for r in report["rows"]:
-        measured = r["target"] != "direct"
-        lines.append((
-            r["load"], r["target"], f"{r['cpu_us']:.1f}" if measured else "", r["unit"] if measured else "",
-            f"{r['times_nginx']:.2f}" if measured and r["times_nginx"] else "", f"{r['per_s']:.0f}",
-            *(f"{r[key]:.2f}" if measured else "" for key in ("added_p50_ms", "added_p99_ms", "added_first_ms")),
-            str(r["wrong"]), f"{r['rss_before_mb']:.0f}-{r['rss_after_mb']:.0f}" if measured else "",
-        ))  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if report["void"]:
-        print(f"VOID: wrong, missing or altered replies in {'; '.join(report['void'])}")
 
 
 if __name__ == "__main__":

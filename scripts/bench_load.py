@@ -1,7 +1,7 @@
 """The client of `scripts/bench gateway`: raw sockets on uvloop, checks every byte, prints one JSON object.
 
-Arguments: one JSON object with `port`, `path`, `model`, `connections`, `requests` (in all), `chunks` (0: no stream),
-`prompt_repeats`, `headers` and `exact` (compare with the engine's bytes).
+Argument: one JSON object with `port`, `path`, `model`, `connections`, `requests` (in all), `chunks` (0: no stream) and
+`pause_ms` between them, `prompt_bytes`, `headers` and `exact` (compare with the engine's bytes).
 """
 
 from __future__ import annotations
@@ -78,14 +78,15 @@ class Load:
         body = json.dumps(
             {
                 "model": order["model"],
-                "messages": [{"role": "user", "content": "Tell me a story. " * order.get("prompt_repeats", 10)}],
-                "max_tokens": 128,
+                "messages": [{"role": "user", "content": ("Tell me a story. " * 6000)[: order["prompt_bytes"]]}],
+                "max_tokens": self.chunks or 128,
+                "pause_ms": order["pause_ms"],
                 "stream": bool(self.chunks),
             },
             separators=(",", ":"),
         ).encode()
         headers = {
-            "host": "bench",
+            "host": "localhost",
             "user-agent": "bench/1",
             "accept": "*/*",
             "accept-encoding": "gzip, deflate",

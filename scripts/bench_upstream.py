@@ -1,9 +1,14 @@
-"""The engine of `scripts/bench gateway`: answers at once, costs next to nothing. Arguments: PORT CHUNKS PAUSE_S."""
+"""The engine of `scripts/bench gateway`: answers at once, costs next to nothing. Argument: PORT.
+
+A stream has as many chunks as its request says in `max_tokens`, `pause_ms` apart.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
+from functools import lru_cache
 
 import uvloop
 
@@ -33,29 +38,39 @@ def frames(count: int) -> list[bytes]:
     return [*map(frame, range(count)), b"data: [DONE]\n\n"]
 
 
+@lru_cache
+def chunks_of(count: int) -> list[bytes]:
+    chunks = [b"%x\r\n%b\r\n" % (len(data), data) for data in frames(count)]
+    chunks[-1] += b"0\r\n\r\n"
+    return chunks
+
+
 class Engine(asyncio.Protocol):
-    def __init__(self, chunks: list[bytes], pause_s: float) -> None:
-        self.chunks, self.pause_s, self.received = chunks, pause_s, b""
+    def __init__(self) -> None:
+        self.received = b""
+        self.chunks: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
         self.received += data
-        while (end := self.received.find(b"\r\n\r\n")) != -1:
-            head = self.received[:end].lower()
-            at = head.find(b"content-length:")
-            size = (
-                int(head[at + 15 : head.find(b"\r\n", at) if head.find(b"\r\n", at) != -1 else None]) if at != -1 else 0
-            )
-            if len(self.received) < end + 4 + size:
+        while (end := self.received.find(b"\r\n\r\n") + 4) > 3:
+            length = self.received[:end].lower().partition(b"content-length:")[2]
+            size = int(length.partition(b"\r\n")[0] or 0)
+            if len(self.received) < end + size:
                 return
-            body, self.received = self.received[end + 4 : end + 4 + size], self.received[end + 4 + size :]
-            if b'"stream":true' in body or b'"stream": true' in body:
-                self.transport.write(STREAM_HEAD)
-                self.write_chunk(0)
-            else:
-                self.transport.write(REPLY)
+            body, self.received = self.received[end : end + size], self.received[end + size :]
+            self.answer(body)
+
+    def answer(self, body: bytes) -> None:
+        if b'"stream":true' not in body:
+            self.transport.write(REPLY)
+            return
+        order = json.loads(body)
+        self.chunks, self.pause_s = chunks_of(order["max_tokens"]), order["pause_ms"] / 1000
+        self.transport.write(STREAM_HEAD)
+        self.write_chunk(0)
 
     def write_chunk(self, number: int) -> None:
         if self.transport.is_closing():
@@ -65,14 +80,10 @@ class Engine(asyncio.Protocol):
             asyncio.get_running_loop().call_later(self.pause_s, self.write_chunk, number + 1)
 
 
-async def main(port: int, count: int, pause_s: float) -> None:
-    chunks = [b"%x\r\n%b\r\n" % (len(data), data) for data in frames(count)]
-    chunks[-1] += b"0\r\n\r\n"
-    server = await asyncio.get_running_loop().create_server(
-        lambda: Engine(chunks, pause_s), "127.0.0.1", port, backlog=2048
-    )
+async def main(port: int) -> None:
+    server = await asyncio.get_running_loop().create_server(Engine, "127.0.0.1", port, backlog=2048)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
+    uvloop.run(main(int(sys.argv[1])))

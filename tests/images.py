@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 import docker
 from docker.errors import APIError, ImageNotFound
@@ -102,11 +103,21 @@ def vllm_cpu(client: docker.DockerClient | None = None) -> str:
 IMAGES = {"fake-engine": fake_engine, "light-engine": light_engine, "vllm-cpu": vllm_cpu}
 
 
+_WEARING: dict[str, list[TextIO]] = {}
+"""Names that the fake wears here -> a shared lock for each time that it was asked to."""
+
+
 def tag_fake_engine(*names: str, client: docker.DockerClient | None = None) -> None:
-    """Let the fake pose as other images, such as `nvcr.io/nim/meta/llama-3.2-1b-instruct:1.8.6`."""
+    """Let the fake pose as other images, such as `nvcr.io/nim/meta/llama-3.2-1b-instruct:1.8.6`, until `untag`.
+
+    Several test runs may want the same names of one engine: the last of them takes the name away.
+    """
     with _engine(client) as api:
         image = api.images.get(fake_engine(api))
         for name in names:
+            lock = _name_lock(name)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            _WEARING.setdefault(name, []).append(lock)
             image.tag(name)
 
 
@@ -114,8 +125,17 @@ def untag(*names: str, client: docker.DockerClient | None = None) -> None:
     """Remove names, absent ones too. Never the last name of an image that a container still uses."""
     with _engine(client) as api:
         for name in names:
-            with contextlib.suppress(ImageNotFound):
+            mine = _WEARING.get(name)
+            with (
+                mine.pop() if mine else _name_lock(name) as lock,
+                contextlib.suppress(BlockingIOError, ImageNotFound),  # blocked: somebody else still needs it
+            ):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 api.images.remove(name)
+
+
+def _name_lock(name: str) -> TextIO:
+    return (cache_dir() / f"{re.sub(r'[^a-z0-9.]', '-', name)}.lock").open("w")
 
 
 def build(recipe: Recipe, client: docker.DockerClient | None = None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,6 +80,23 @@ def _client(daemon: DaemonProcess) -> docker.DockerClient:
 def daemon(make_daemon: MakeDaemon, gpu_requests: None) -> DaemonProcess:  # noqa: F811
     """A daemon on the machine's engine, with two simulated GPUs."""
     return make_daemon()
+
+
+@pytest.fixture
+def provider() -> Iterator[str]:
+    """An external provider: its URL."""
+    engine = Path(__file__).parent.parent / "fakes" / "engine.py"
+    process = subprocess.Popen(
+        [sys.executable, str(engine), "--served-model-name", "gpt-4", "--host", "127.0.0.1", "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    port = next(line.split()[-1] for line in process.stderr if "startup complete" in line)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(10)
+    process.stderr.close()
 
 
 @pytest.fixture

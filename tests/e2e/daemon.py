@@ -63,12 +63,12 @@ class DaemonProcess:
             text = self.log.read_text()[before:]
             if self.process.poll() is not None:
                 raise RuntimeError(text)
-            return re.search(r"listens on (http://127\.0\.0\.1:(\d+))", text)
+            return re.search(r"listens on http://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)", text)
 
         found = wait_until(listening, 20)
         assert found is not None
-        self.url = found[1]
-        self.env["NIMHOST_SERVER__PORT"] = found[2]
+        self.url = f"http://127.0.0.1:{found[1]}"
+        self.env["NIMHOST_SERVER__PORT"] = found[1]
         self.http.base_url = httpx.URL(self.url)
 
     def kill(self) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import docker
@@ -18,23 +15,6 @@ from tests.support import wait_until
 
 pytestmark = pytest.mark.docker
 CANARIES = {name: f"canary-{name}-7d1f2a" for name in ("hub", "provider", "ngc", "unused")}
-ENGINE = Path(__file__).parent.parent / "fakes" / "engine.py"
-
-
-@pytest.fixture
-def provider(tmp_path: Path) -> Iterator[str]:
-    """An external provider: its URL."""
-    process = subprocess.Popen(
-        [sys.executable, str(ENGINE), "--served-model-name", "gpt-4", "--host", "127.0.0.1", "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    port = next(line.split()[-1] for line in process.stderr if "startup complete" in line)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(10)
-    process.stderr.close()
 
 
 @pytest.mark.fault(29)

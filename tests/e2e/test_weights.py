@@ -82,17 +82,30 @@ def test_a_gated_model_says_what_to_do_and_a_missing_one_that_it_is_missing(
     daemon: DaemonProcess, hub: FakeHub, fake_engine_image: str
 ) -> None:
     hub.add("org/gated", MODEL, gated=True, readers=("hf_reader",))
-    deploy(daemon, fake_engine_image, "org/gated")
-    gated = daemon.wait("org-gated", "ERROR")["status_message"]
-    assert "org/gated" in gated
-    assert "token_secret" in gated or "--hf-token-secret" in gated
-    deploy(daemon, fake_engine_image, "org/nowhere")
-    missing = daemon.wait("org-nowhere", "ERROR")["status_message"]
-    assert "org/nowhere" in missing
+    gated = nimhost(daemon, "deploy", "org/gated", "--image", fake_engine_image, "--no-wait")
+    assert gated.returncode == 1
+    assert "org/gated is gated: it needs a token" in gated.stderr
+    assert "nimhost secrets create hf-token" in gated.stderr
+    missing = nimhost(daemon, "deploy", "org/nowhere", "--image", fake_engine_image, "--no-wait")
+    assert missing.returncode == 1
+    assert "no repository org/nowhere" in missing.stderr
+    assert daemon.http.get(f"{MODELS}/deployments").json()["data"] == []
 
     daemon.post("/apis/secrets/v2/workspaces/default/secrets", {"name": "hf-token", "value": "hf_reader"})
     deploy(daemon, fake_engine_image, "org/gated", "--name", "allowed", "--hf-token-secret", "hf-token")
     daemon.wait("allowed", "READY", 30)
+
+
+@pytest.mark.fault(2)
+def test_a_gated_model_that_could_not_be_looked_at_says_so_when_it_is_fetched(
+    daemon: DaemonProcess, hub: FakeHub, fake_engine_image: str
+) -> None:
+    hub.add("org/gated", MODEL, gated=True, readers=("hf_reader",))
+    hub.faults.busy, hub.faults.busy_where = 1, "/api/"
+    deploy(daemon, fake_engine_image, "org/gated")
+    gated = daemon.wait("org-gated", "ERROR")["status_message"]
+    assert "org/gated" in gated
+    assert "token_secret" in gated or "--hf-token-secret" in gated
 
 
 def test_progress_is_told_in_bytes(daemon: DaemonProcess, hub: FakeHub, fake_engine_image: str) -> None:

@@ -1,0 +1,83 @@
+"""What a start does once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from nimhost.deployments.discovery import Discovery, Question
+from nimhost.deployments.routing import provider_key
+from nimhost.entities import Entity, Fileset, Provider
+from nimhost.host.files import FileStorage
+from nimhost.startup import NVIDIA_BUILD, seed, sweep_files
+from nimhost.store import Store
+from tests.support import eventually
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    opened = await Store.open(tmp_path / "nimhost.db")
+    yield opened
+    await opened.close()
+
+
+async def test_nvidias_hosted_models_are_there_from_the_first_start_until_somebody_deletes_them(store: Store) -> None:
+    await seed(store)
+    provider = await store.get("providers", *NVIDIA_BUILD)
+    assert (provider.wish.host_url, provider.wish.api_key_secret_name) == (
+        "https://integrate.api.nvidia.com",
+        "ngc-api-key",
+    )
+    await seed(store)
+    assert len(await store.all("providers")) == 1
+    async with store.transaction() as tx:
+        await tx.delete(provider)
+    await seed(store)
+    assert await store.all("providers") == []
+
+
+async def test_a_first_start_keeps_a_provider_that_a_user_made(store: Store) -> None:
+    async with store.transaction() as tx:
+        mine = await tx.insert("providers", *NVIDIA_BUILD, Provider(host_url="http://mine"))
+    await seed(store)
+    assert await store.all("providers") == [mine]
+
+
+async def test_without_a_key_nobody_is_asked_and_the_status_says_what_is_missing(store: Store) -> None:
+    await seed(store)
+    provider = await store.get("providers", *NVIDIA_BUILD)
+    key = provider_key(provider, None)
+    discovery = Discovery(store, lambda: None)
+    discovery.watch([Question(provider=provider, problem=key.problem)])
+
+    async def judged() -> Entity | None:
+        found = await store.get("providers", *NVIDIA_BUILD)
+        return found if found.status.status == "ERROR" else None
+
+    found = await eventually(judged)
+    assert found is not None
+    message = found.status.status_message
+    assert "Secret 'ngc-api-key' does not exist" in message
+    assert "nimhost secrets create ngc-api-key --from-file - --workspace system" in message
+    assert "NGC_API_KEY" in message
+    _, task = discovery._tasks[provider.id]
+    await eventually(task.done)
+    assert discovery._client is None
+    await discovery.close()
+
+
+async def test_files_of_a_fileset_whose_row_is_gone_are_swept_and_no_others(store: Store, tmp_path: Path) -> None:
+    files = FileStorage(tmp_path / "filesets")
+    await files.open()
+    for workspace, name in (("default", "kept"), ("default", "gone"), ("nows", "gone")):
+        path = files.directory(workspace, name) / "sub" / "f"
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+    async with store.transaction() as tx:
+        await tx.insert("filesets", "default", "kept", Fileset())
+    await sweep_files(files, store)
+    assert await files.filesets() == [("default", "kept")]
+    assert (files.directory("default", "kept") / "sub" / "f").read_text() == "x"
+    files.close()
