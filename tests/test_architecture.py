@@ -41,7 +41,7 @@ BESIDE = {
     "cli": ["client", "errors", "refs", "kinds", "tokens"],
     "__main__": ["cli"],
 }
-"""They look at nothing else. `cli.serve`, and `cli.tokens` for the first token, are the doors from the CLI to the daemon."""
+"""They look at nothing else. `cli.serve`, and `cli.tokens` for the first token, are the doors to the daemon."""
 IMPORTERS = {
     "httptools": ["gateway.connection"], "aiosqlite": ["store"], "click": ["cli"], "cryptography": ["host.vault"],
     "docker": ["host.containers"], "httpx": ["client", "deployments.discovery", "deployments.probe"],
@@ -94,7 +94,7 @@ def test_imports_go_downward(name: str) -> None:
     assert layer(name) >= 0, f"say in LAYERS where {name} belongs"
     upward = [i for i in own(name) if layer(i) < 0 or layer(i) > layer(name)]
     sideways = [i for i in own(name) if layer(i) == layer(name) and i.partition(".")[0] != package]
-    ordered = within(name, ["entities", "refs", "view", "listening", "loopwatch", "startup", "daemon", "filters", "auth_header"])
+    ordered = within(name, ["entities", "refs", "view", "listening", "startup", "daemon", "filters", "auth_header"])
     assert upward == []
     assert ordered or sideways == []
 
