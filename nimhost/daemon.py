@@ -146,8 +146,6 @@ class Daemon:
         """Reconcile until cancelled."""
         await self.files.open()
         await sweep_files(self.files, self.store)
-        async with self.store.transaction() as tx:
-            self.observer.epoch = int(await tx.meta("epoch") or 0)
         await self.specs.start()
         await self.reconciler.run()
 

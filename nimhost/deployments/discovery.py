@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
 
 import httpx
@@ -12,6 +13,8 @@ from msgspec import Struct
 from nimhost.deployments.publish import NO_MODELS, entity_for, write_provider
 from nimhost.entities import Entity, Provider, ProviderStatus, ServedModel
 from nimhost.store import Store
+
+log = logging.getLogger(__name__)
 
 STEADY_INTERVAL_S = 300.0
 RETRY_S = (2.0, 60.0)
@@ -83,7 +86,7 @@ class Discovery:
             self._client = httpx.AsyncClient(timeout=TIMEOUT_S)
         try:
             reply = await self._client.get(question.url, headers=list(question.headers))
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             return ProviderStatus(status="ERROR", status_message=f"Cannot reach {question.url}: {_why(error)}")
         return judge(question.provider, question.url, reply.status_code, reply.content)
 
@@ -136,5 +139,5 @@ def _same(a: Question, b: Question) -> bool:
     return (a.provider.generation, a.headers, a.problem) == (b.provider.generation, b.headers, b.problem)
 
 
-def _why(error: httpx.HTTPError) -> str:
+def _why(error: Exception) -> str:
     return str(error) or type(error).__name__

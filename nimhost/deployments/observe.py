@@ -57,12 +57,15 @@ class Observer:
         self.claims: tuple[Claim, ...] = ()
 
     async def read(self, desired: Iterable[Desired]) -> Observed:
-        desired = tuple(desired)
         try:
-            containers = await self._containers.list()
+            return await self._read(tuple(desired))
         except DockerUnavailable as error:
             self._readings.forget()
             return Observed(docker_problem=f"{error.message} {error.hint or ''}".strip())
+
+    async def _read(self, desired: tuple[Desired, ...]) -> Observed:
+        containers = await self._containers.list()
+        self.unowned &= {c.id for c in containers}
         ours = [(c, labels) for c in containers if (labels := self._ours(c)) is not None]
         self._prober.watch(self._targets(ours, desired))
         tails = await self._read_log_tails(ours)
@@ -106,7 +109,9 @@ class Observer:
             gives_gpus = await self._readings.gives_gpus() if any(d.gpus for d in starting) else None
             return replace(found, gives_gpus=gives_gpus, rooms=await self._readings.rooms(lacking))
         except DockerUnavailable:
-            return found  # the next list says so
+            raise
+        except HostError:
+            return found  # who needs them meets the same, and there it has consequences
 
     def _ours(self, container: Container) -> Labels | None:
         labels = read_labels(container.labels)
@@ -132,8 +137,17 @@ class Observer:
         self._log_tails = {key: tail for key, tail in self._log_tails.items() if key in exited}
         for key in exited:
             if key not in self._log_tails:
-                self._log_tails[key] = await self._containers.log_tail(key, LOG_LINES)
-        return self._log_tails | {key: await self._containers.log_tail(key, LOG_LINES) for key in failing}
+                self._log_tails[key] = await self._log_tail(key)
+        return self._log_tails | {key: await self._log_tail(key) for key in failing}
+
+    async def _log_tail(self, container: str) -> str:
+        """Nothing where there is nothing to be had: a container on its way out has no logs any more."""
+        try:
+            return await self._containers.log_tail(container, LOG_LINES)
+        except DockerUnavailable:
+            raise
+        except HostError:
+            return ""
 
     def _instance(self, c: Container, labels: Labels, tails: Mapping[str, str]) -> Instance:
         state = {"created": "created", "exited": "exited", "dead": "exited"}.get(c.state, "running")
@@ -152,7 +166,16 @@ class Observer:
         )
 
     async def _read_images(self, desired: list[Desired]) -> Mapping[Ref, Image | None]:
-        return {d.ref: await self._containers.image(resolved_image(d)) for d in desired}
+        return {d.ref: await self._image(d) for d in desired}
+
+    async def _image(self, d: Desired) -> Image | None:
+        """None where Docker refuses the name as well: the pull meets the same, and there it has consequences."""
+        try:
+            return await self._containers.image(resolved_image(d))
+        except DockerUnavailable:
+            raise
+        except HostError:
+            return None
 
     async def _read_weights(self, desired: list[Desired]) -> Mapping[Ref, Located | None]:
         found = {}
@@ -174,7 +197,8 @@ class Observer:
         """Where these weights are on this machine; None while they are not, or not complete."""
         if isinstance(weights, LocalWeights):
             directory = local_directory(weights, self._files_root)
-            return None if weights_problem(directory) else Located(source=str(directory))
+            problem = await asyncio.to_thread(weights_problem, directory)
+            return None if problem else Located(source=str(directory))
         snapshot = await asyncio.to_thread(self._weights.present, repo_of(weights))
         if snapshot is None:
             return None

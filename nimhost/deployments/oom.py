@@ -34,7 +34,7 @@ def shortage(log: str, usual: str = "") -> Shortage | None:
 
 def _context(found: re.Match[str], log: str, usual: str) -> Shortage:
     length, needed, there, estimate = found["length"], float(found["needed"]), float(found["there"]), found["estimate"]
-    fits = int(estimate) if estimate else int(int(length) * there / needed)
+    fits = int(estimate) if estimate else int(int(length) * there / needed) if needed else 0
     fits -= fits % BLOCK
     what = f"The KV cache has {there:g} GiB, and {length} tokens need {needed:g}."
     return Shortage(f"{what} Deploy it with: --arg --max-model-len --arg {fits}" if fits else f"{what} {_more(usual)}")

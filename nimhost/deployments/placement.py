@@ -148,6 +148,16 @@ def _floor(fraction: float) -> float:
     return int(fraction * 1000) / 1000
 
 
+def released(slot: GpuSlot, holder: str) -> GpuSlot:
+    """As it will be when `holder` has left it."""
+    shares = tuple(share for share in slot.shares if share.holder != holder)
+    if slot.holder != holder and shares == slot.shares:
+        return slot
+    used = sum(stranger.used_bytes for stranger in slot.strangers) + sum(share.size_bytes for share in shares)
+    alone = None if slot.holder == holder else slot.holder
+    return replace(slot, holder=alone, shares=shares, used_bytes=min(slot.used_bytes, used))
+
+
 def reserved(slot: GpuSlot, d: Desired) -> GpuSlot:
     """As it is once the engine of `d` is about to start on it."""
     need = need_of(d, (slot,))

@@ -30,7 +30,7 @@ from msgspec.structs import replace
 from nimhost.deployments.actions import Action, Cancel, Forget, Halt, Prepare, Remove, Start
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import GpuSlot, Instance, Observed
-from nimhost.deployments.placement import choose, need_of, reserved, utilization, waiting, waits_for_memory
+from nimhost.deployments.placement import choose, need_of, released, reserved, utilization, waiting, waits_for_memory
 from nimhost.deployments.preflight import blocked, more_memory
 from nimhost.deployments.retry import LOST_GPU, MESSAGE_LIMIT, Limits, after_exit, lost_gpu
 from nimhost.entities import Status
@@ -103,7 +103,7 @@ def plan(
                 observed=replace(observed, gpus=slots),
                 limits=limits,
                 now=now,
-                run=d.status.run if d.status.run.spec_hash == d.hash else Run(spec_hash=d.hash),
+                run=_run_of(d),
                 current=tuple(i for i in mine if i.hash == d.hash),
                 old=tuple(i for i in mine if i.hash != d.hash),
                 ahead=ahead,
@@ -118,6 +118,14 @@ def plan(
     return tuple(verdicts)
 
 
+def _run_of(d: Desired) -> Run:
+    """What is known about bringing up this wish. What is known about containers outlives a changed wish."""
+    run = d.status.run
+    if run.spec_hash == d.hash:
+        return run
+    return Run(spec_hash=d.hash, started_at=run.started_at, ready_container=run.ready_container, ready_at=run.ready_at)
+
+
 def orphans(instances: Iterable[Instance], desired: Iterable[Desired]) -> list[str]:
     """Containers of ours that no deployment stands for: left by a crash, or by a row that went in an odd way."""
     refs = {d.ref for d in desired}
@@ -126,10 +134,7 @@ def orphans(instances: Iterable[Instance], desired: Iterable[Desired]) -> list[s
 
 def decide(s: _Situation) -> Verdict:
     """The rules of the module docstring, under their numbers."""
-    for rule in _RULES:
-        if (verdict := rule(s)) is not None:
-            return verdict
-    raise AssertionError("rule 13 always matches")
+    return next(verdict for rule in _RULES if (verdict := rule(s)) is not None)
 
 
 def _in_flight(s: _Situation) -> Verdict | None:  # 1
@@ -150,8 +155,7 @@ def _deleting(s: _Situation) -> Verdict | None:  # 2
     if not s.desired.deleting:
         return None
     message = "Deployment deletion requested"
-    never_started = s.run.started_at == 0 and s.desired.status.run.started_at == 0
-    if s.observed.docker_problem and not never_started:
+    if s.observed.docker_problem and s.run.started_at:
         return s.verdict("DELETING", f"{message}; waiting for Docker. {s.observed.docker_problem}")
     return s.verdict("DELETING", message, _removal(s) or Forget())
 
@@ -182,7 +186,17 @@ def _replaced(s: _Situation) -> Verdict | None:  # 4
         return s.verdict("READY", f"Serving the previous version. {why}", instance=serving, wake_at=s.run.retry_at)
     if serving and (preparing := _prepare(s)):
         return replace(preparing, status="READY", instance=serving)
+    if serving and (short := _gpus_short(_without_old(s))):
+        return replace(
+            short, status="READY", message=f"Serving the previous version. {short.message}", instance=serving
+        )
     return s.verdict("PENDING", "Replacing the previous version.", Remove(tuple(i.id for i in s.old)))
+
+
+def _without_old(s: _Situation) -> _Situation:
+    """As it will be when the old engine has given its GPUs back."""
+    gpus = tuple(released(slot, str(s.desired.ref)) for slot in s.observed.gpus)
+    return replace(s, observed=replace(s.observed, gpus=gpus))
 
 
 def _healthy(s: _Situation) -> Verdict | None:  # 5
@@ -201,9 +215,10 @@ def _backing_off(s: _Situation) -> Verdict | None:  # 6
     failure = s.run.failure
     if failure is None:
         return None
-    if failure.final:
-        return s.verdict("ERROR", failure.message)
-    if s.run.retry_at <= s.now or any(i.state == "running" for i in s.current):
+    running = next((i for i in s.current if i.state == "running"), None)
+    if failure.final:  # kept for its logs, but it holds no GPU
+        return s.verdict("ERROR", failure.message, Halt(running.id) if running else None)
+    if s.run.retry_at <= s.now or running:
         return None
     uncounted = [i for i in s.current if i.id != s.run.exited_container]
     if uncounted:
@@ -230,7 +245,8 @@ def _exited(s: _Situation) -> Verdict | None:  # 7
         limits=s.limits,
         more_memory=more_memory(s.desired, s.observed),
     )
-    return _backing_off(_with_run(s, run))
+    removing = Remove(tuple(i.id for i in gone), at_once=True)
+    return _backing_off(replace(s, run=run)) or s.verdict("PENDING", s.desired.status.status_message, removing, run)
 
 
 def _unhealthy(s: _Situation) -> Verdict | None:  # 8
@@ -269,6 +285,8 @@ def _broken(s: _Situation, instance: Instance) -> Verdict:
         message = f"{message} {', '.join(absent)} is no longer on this machine."
     if s.now < lasted:
         return s.verdict("PENDING", message, wake_at=lasted)
+    if s.run.exited_container == instance.id:  # counted before, and still to be removed
+        return s.verdict("PENDING", f"{message} Restarting it.", Remove((instance.id,)))
     run = after_exit(
         s.run, container=instance.id, exit_code=None, oom_killed=False, log_tail="", now=s.now, limits=s.limits
     )
@@ -277,12 +295,17 @@ def _broken(s: _Situation, instance: Instance) -> Verdict:
 
 
 def _missing(s: _Situation) -> Verdict | None:  # 9
-    return s.verdict("ERROR", s.desired.problem) if s.desired.problem else None
+    return s.verdict("ERROR", s.desired.problem, run=_out_of_queue(s)) if s.desired.problem else None
 
 
 def _blocked(s: _Situation) -> Verdict | None:  # 10
     why = blocked(s.desired, s.observed)
-    return s.verdict("ERROR", why[:MESSAGE_LIMIT]) if why else None
+    return s.verdict("ERROR", why[:MESSAGE_LIMIT], run=_out_of_queue(s)) if why else None
+
+
+def _out_of_queue(s: _Situation) -> Run:
+    """Who cannot start keeps nobody else waiting."""
+    return replace(s.run, waiting_since=0.0)
 
 
 def _prepare(s: _Situation) -> Verdict | None:  # 11
@@ -347,10 +370,6 @@ def _taken(slots: tuple[GpuSlot, ...], start: Start, d: Desired) -> tuple[GpuSlo
 
 def _is_loading(d: Desired, i: Instance) -> bool:
     return i.state == "running" and i.id != d.status.run.ready_container and i.health.state != "ok"
-
-
-def _with_run(s: _Situation, run: Run) -> _Situation:
-    return replace(s, run=run)
 
 
 def _removal(s: _Situation, at_once: bool = False) -> Remove | None:

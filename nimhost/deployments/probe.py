@@ -96,12 +96,14 @@ class Prober:
         if self._client is None:
             self._client = httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False)
         try:
-            reply = await self._client.get(target.url + target.probe.health_path)
+            reply = await self._client.get(f"{target.url}/{target.probe.health_path.lstrip('/')}")
             if reply.status_code != 200:
                 return Health(state="starting", detail=f"{target.probe.health_path} answers {reply.status_code}")
             if models is not None:
                 return Health(state="ok", models=models)
             listing = await self._client.get(target.url + target.probe.models_path)
+        except httpx.InvalidURL as error:
+            return Health(state="starting", detail=f"{target.probe.health_path} is not a path: {error}")
         except httpx.HTTPError as error:
             return Health(state="starting", detail=f"no answer yet ({type(error).__name__})")
         models = _model_ids(listing)

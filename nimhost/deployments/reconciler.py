@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,9 @@ from nimhost.runs import Run
 from nimhost.store import Store, now
 
 log = logging.getLogger(__name__)
+
+EPOCH, UNOWNED = "epoch", "unowned"
+"""Keys of the store: the number of container starts, and the containers that are not ours though they say so."""
 
 RESYNC_S = 60.0
 """A tick at least this often, in case an event was lost."""
@@ -65,6 +69,7 @@ class Reconciler:
         self._in_flight: dict[str, tuple[Action, asyncio.Task[None]]] = {}
         self._sweeping: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
+        self._unowned: frozenset[str] = frozenset()
         self.problem: str | None = None
         """Why the loop does not get on, for `/status`; None while it does."""
 
@@ -73,6 +78,9 @@ class Reconciler:
 
     async def run(self) -> None:
         """Until cancelled. Containers keep running; what was in flight is continued by the next daemon."""
+        async with self._store.transaction() as tx:
+            self._observer.epoch = int(await tx.meta(EPOCH) or 0)
+            self._unowned = self._observer.unowned = frozenset(json.loads(await tx.meta(UNOWNED) or "[]"))
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch_docker(), name="docker events")
             group.create_task(self._watch_store(), name="store changes")
@@ -99,10 +107,12 @@ class Reconciler:
     async def _tick(self) -> float:
         """One round; how long to sleep at most."""
         async with self._recording:
+            # Before the reading: an action that ends meanwhile counts as in flight still, never as nothing at all.
+            in_flight = {key: action for key, (action, _) in self._in_flight.items()}
             desired = await self._read_desired()
             observed = await self._observer.read(desired)
+            await self._remember_unowned()
             now_s = time.time()
-            in_flight = {key: action for key, (action, _) in self._in_flight.items()}
             verdicts = plan(desired, observed, in_flight, now_s, self._limits)
             await self._on_tick(verdicts, observed)  # routes first: who reads READY finds the way open
             current = [v for v in verdicts if await self._record(v)]
@@ -112,6 +122,13 @@ class Reconciler:
         await self._on_tick(verdicts, observed)  # and again with the rows as they are now
         times = [v.wake_at for v in verdicts if v.wake_at is not None] + list(self._not_before.values())
         return max(0.05, min([RESYNC_S, *(at - now_s for at in times if at > now_s)]))
+
+    async def _remember_unowned(self) -> None:
+        """Containers that a restored database cannot know stay untouched after the next start, too."""
+        if self._observer.unowned != self._unowned:
+            async with self._store.transaction() as tx:
+                await tx.set_meta(UNOWNED, json.dumps(sorted(self._observer.unowned)))
+            self._unowned = self._observer.unowned
 
     async def _read_desired(self) -> tuple[Desired, ...]:
         kinds = ("deployments", "deployment-configs", "models", "filesets")
@@ -155,7 +172,8 @@ class Reconciler:
             case None:
                 return
             case Cancel():
-                self._in_flight[key][1].cancel()
+                if key in self._in_flight:
+                    self._in_flight[key][1].cancel()
             case _ if key not in self._in_flight and self._not_before.get(key, 0.0) <= now_s:
                 self._not_before.pop(key, None)
                 task = asyncio.create_task(self._carry_out(v, v.action), name=f"{v.action} {v.desired.ref}")
@@ -205,8 +223,8 @@ class Reconciler:
             if entity is None:
                 return None
             async with self._store.transaction() as tx:
-                epoch = int(await tx.meta("epoch") or 0) + 1
-                await tx.set_meta("epoch", str(epoch))
+                epoch = int(await tx.meta(EPOCH) or 0) + 1
+                await tx.set_meta(EPOCH, str(epoch))
                 await tx.set_status(entity, replace(entity.status, run=run))
             self._observer.epoch = epoch
             return epoch
@@ -263,7 +281,9 @@ class Reconciler:
                     async for _ in events:
                         pause_s = RECONNECT_S[0]
                         self.wake()
-            except DockerUnavailable:
+            except NimhostError as error:
+                if not isinstance(error, DockerUnavailable):
+                    log.warning("Docker's events broke off: %s", error.message)
                 self.wake()
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, RECONNECT_S[1])

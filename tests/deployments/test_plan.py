@@ -100,6 +100,25 @@ def test_an_old_version_keeps_serving_when_the_new_wish_cannot_be_started() -> N
     assert "Fileset 'x' does not exist." in verdict.message
 
 
+def test_an_old_engine_is_trusted_after_a_restart_of_the_daemon_in_the_middle_of_a_roll() -> None:
+    """Its health is not known yet, and the new wish has only just been seen."""
+    old = instance(id="old", hash="other", health="unknown")
+    before = wanted(status="READY", run=Run(spec_hash="other", ready_container="old", ready_at=NOW - 60))
+    verdict = decide(before, machine(old, images={}))
+    assert (verdict.status, verdict.instance) == ("READY", old)
+    after = again(before, verdict)
+    assert decide(after, machine(old, images={})).instance == old
+
+
+def test_an_old_engine_serves_while_the_new_wish_waits_for_gpus() -> None:
+    old = instance(id="old", hash="other")
+    both = machine(old, gpus=gpus("default/d", "default/x"))
+    verdict = decide(wanted(gpus=2), both)
+    assert (verdict.status, verdict.instance, verdict.action) == ("READY", old, None)
+    assert "GPU 1 is held by default/x" in verdict.message
+    assert decide(wanted(gpus=1), both).action == Remove(("old",))  # its own GPU will do
+
+
 # --- rule 5
 
 
@@ -206,6 +225,23 @@ def test_an_engine_that_stops_answering_is_unrouted_then_replaced() -> None:
     assert decide(d, machine(broken), now=NOW + 121).action == Remove(("container-d",))
 
 
+def test_a_broken_engine_is_counted_once_however_often_its_removal_fails() -> None:
+    d = wanted(status="READY", run=run(ready_container="container-d", ready_at=NOW))
+    broken = instance(health="failing")
+    broken = replace(broken, health=replace(broken.health, since=NOW))
+    first = decide(d, machine(broken), now=NOW + 121)
+    second = decide(again(d, first), machine(broken), now=NOW + 130)
+    assert (first.run.attempts, second.run.attempts) == (1, 1)
+    assert second.action == Remove(("container-d",))
+
+
+def test_a_final_failure_never_leaves_an_engine_running() -> None:
+    """The daemon was killed after it had written the failure and before it could stop the engine."""
+    d = wanted(run=run(failure=Failure(message="too late", final=True)))
+    verdict = decide(d, machine(instance(health="starting")))
+    assert (verdict.status, verdict.action) == ("ERROR", Halt("container-d"))
+
+
 # --- rules 9 to 11
 
 
@@ -265,6 +301,13 @@ def test_who_began_to_wait_first_is_served_first_even_when_a_small_one_would_fit
     assert (first.desired.ref.name, first.action) == ("a", None)
     assert second.action is None
     assert "default/a waits ahead of it" in second.message
+
+
+def test_who_cannot_start_at_all_keeps_nobody_waiting() -> None:
+    big = wanted("a", gpus=2, created=1, run=run(waiting_since=NOW - 60))
+    first, second = plan([big, wanted("b", created=2)], machine(gpus=gpus(None)), {}, NOW, LIMITS)
+    assert (first.status, first.run.waiting_since) == ("ERROR", 0.0)
+    assert second.action == Start(("GPU-0",))
 
 
 def test_a_deployment_without_gpus_does_not_queue_for_them() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nimhost.config import Deployments
-from nimhost.errors import DiskFull, DockerError, RegistryUnavailable
+from nimhost.errors import DiskFull, DockerError, ImageNotFound, RegistryUnavailable
 from tests.fakes.engine import Faults
 from tests.support import eventually
 from tests.world import IMAGE, MODELS, World
@@ -142,10 +142,10 @@ async def test_failures_survive_a_restart_of_the_daemon(world: World) -> None:
     world.docker.start_error = DockerError("broken")
     await world.deploy("one")
     await world.wait("one", "ERROR", "broken")
-    calls = world.docker.calls.count("run")
+    calls = world.docker.calls.count("create")
     await world.restart()
     await world.wait("one", "ERROR", "broken")
-    assert world.docker.calls.count("run") == calls
+    assert world.docker.calls.count("create") == calls
 
 
 async def test_a_config_that_changes_replaces_the_engine(world: World) -> None:
@@ -178,6 +178,87 @@ async def test_a_deployment_pinned_to_a_version_does_not_follow_its_config(world
     await world.deploy("other", gpu=0)
     await world.wait("other", "READY")  # a whole round later
     assert before[0] in world.docker.containers
+
+
+async def test_a_start_that_ends_while_the_machine_is_read_is_not_done_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The container list is from before the start, all that follows it from after."""
+    world.docker.start_held.clear()
+    await world.deploy("one")
+    await world.wait("one", "PENDING", "Starting a container")
+    read, held = world.gpus.read, asyncio.Event()
+
+    async def slow_read() -> object:
+        held.set()
+        world.docker.start_held.set()
+        await eventually(lambda: any(c.running for c in world.docker.containers.values()), 5)
+        return await read()
+
+    monkeypatch.setattr(world.gpus, "read", slow_read)
+    world.daemon.reconciler.wake()
+    await held.wait()
+    await world.wait("one", "READY")
+    assert world.docker.calls.count("create") == 1
+    assert "remove" not in world.docker.calls
+
+
+async def test_an_image_name_that_docker_refuses_holds_up_nobody_else(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = world.docker.image
+
+    async def refusing(name: str) -> object:
+        if name.startswith("Bad"):
+            raise ImageNotFound("invalid reference format")
+        return await image(name)
+
+    monkeypatch.setattr(world.docker, "image", refusing)
+    await world.deploy("bad", "Bad/Name:1")
+    await world.deploy("good")
+    await world.wait("good", "READY")
+    assert (await world.http.get("/status")).json()["problem"] is None
+
+
+@pytest.mark.fault(21)
+async def test_events_that_break_off_in_an_odd_way_are_listened_to_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broke = asyncio.Event()
+
+    async def breaking() -> AsyncIterator[object]:
+        broke.set()
+        raise DockerError("an event was cut in the middle")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.docker, "events", breaking)
+        world.docker.away = True
+        world.docker.away = False
+        await asyncio.wait_for(broke.wait(), 5)
+    await world.deploy("one")
+    await world.wait("one", "READY")
+
+
+@pytest.mark.fault(5)
+async def test_a_container_that_is_not_ours_stays_so_after_the_next_start(world: World) -> None:
+    """A database restored from an old copy, which then starts as many containers as the newer one had."""
+    await world.deploy("late")
+    await world.wait("late", "READY")
+    (late,) = world.docker.containers
+    async with world.daemon.store.transaction() as tx:
+        await tx.set_meta("epoch", "0")
+        for kind in ("deployments", "providers"):
+            for entity in await tx.all(kind):
+                if entity.name == "late":
+                    await tx.delete(entity)
+    await world.restart()
+    assert (await world.http.get("/status")).json()["unowned_containers"] == [late]
+    await world.deploy("one", gpu=0)
+    await world.wait("one", "READY")
+    await world.restart()
+    await world.wait("one", "READY")
+    assert late in world.docker.containers
 
 
 async def test_the_loop_survives_its_own_mistakes_and_says_so(
