@@ -211,7 +211,7 @@ class Daemon:
         except NotFound:
             secret = None
         except NimhostError as error:
-            return Key(problem=f"{error.message} {error.hint or ''}".strip())
+            return Key(problem=error.in_full)
         return provider_key(provider, secret)
 
 
@@ -338,7 +338,7 @@ _STOPPING = "Stopping: letting replies end. Engines keep running. Once more to f
 def _findings(observed: Observed, observer: Observer, verdicts: tuple[Verdict, ...]) -> list[str]:
     """The rest of the banner: what was found."""
     if observed.docker_problem:
-        docker = f"Docker: {observed.docker_problem}\n        Without it there are only external providers."
+        docker = f"{observed.docker_problem}\n        Without Docker there are only external providers."
     else:
         docker = "Docker: connected"
     gpus = [f"GPU {g.index}: {g.name}, {g.memory_bytes / 2**30:.0f} GiB, {g.uuid}" for g in observer.gpus]

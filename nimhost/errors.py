@@ -63,6 +63,12 @@ class NimhostError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    @property
+    def in_full(self) -> str:
+        """Message and hint as running text, for places that have one line for both."""
+        end = "" if self.message.endswith((".", "!", "?", ":")) else "."
+        return f"{self.message}{end} {self.hint}" if self.hint else self.message
+
 
 class BadRequest(NimhostError):
     pass

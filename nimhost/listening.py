@@ -51,7 +51,7 @@ def listen(server: ServerSettings, has_tokens: bool) -> socket.socket:
             raise StartError(
                 f"{server.host} can be reached from other machines, and there is no API token to let them in with.",
                 f"Make one: {_with_data_dir(server)}nimhost tokens create NAME --scope admin   "
-                "or listen on 127.0.0.1, and reach it with: ssh -L 8080:127.0.0.1:8080 HOST",
+                f"or listen on 127.0.0.1, and reach it with: ssh -L {server.port}:127.0.0.1:{server.port} HOST",
             )
         return _bound(socket.socket(family, kind), address)
     except OSError as error:

@@ -85,9 +85,10 @@ class View:
     async def logs(self, deployment: Entity, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
         instance = self._instances.get(Ref(deployment.workspace, deployment.name))
         if instance is None:
+            waits = deployment.wish.desired == "running" and deployment.status.status != "ERROR"
             raise NotReady(
                 f"Deployment '{deployment.ref}' has no container yet: {deployment.status.status_message}",
-                f"Follow it with: nimhost wait {deployment.name}",
+                f"{'Follow' if waits else 'Start'} it with: nimhost {'wait' if waits else 'start'} {deployment.name}",
             )
         lines = -1 if tail is None else tail
         async with aclosing(self._containers.logs(instance.id, tail=lines, follow=follow)) as chunks:

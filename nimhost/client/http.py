@@ -74,7 +74,7 @@ class _Client(Resources):
 
     def _how_to_reach(self) -> str:
         if (urlsplit(self.base_url).hostname or "").startswith(LOOPBACK):
-            return "Start it with: nimhost serve"
+            return "Start it with: nimhost serve   or say where it listens: --base-url URL, NIMHOST_BASE_URL"
         return "Check that it runs there, and --base-url or NIMHOST_BASE_URL."
 
 

@@ -61,7 +61,8 @@ class Observer:
             return await self._read(tuple(desired))
         except DockerUnavailable as error:
             self._readings.forget()
-            return Observed(docker_problem=f"{error.message} {error.hint or ''}".strip())
+            self.gpus = limited(await self._gpus.read(), self._devices).gpus  # still shown
+            return Observed(docker_problem=error.in_full)
 
     async def _read(self, desired: tuple[Desired, ...]) -> Observed:
         containers = await self._containers.list()
@@ -78,7 +79,7 @@ class Observer:
         try:
             containers = await self._containers.list()
         except DockerUnavailable as error:
-            return Observed(docker_problem=f"{error.message} {error.hint or ''}".strip())
+            return Observed(docker_problem=error.in_full)
         return await self._complete((), claims_of(containers), (d,))
 
     async def _complete(

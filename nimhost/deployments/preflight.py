@@ -45,7 +45,16 @@ def check_wish(d: Desired, slots: Sequence[GpuSlot], weights_problem: str | None
             "See what is there with: nimhost gpus" if slots else "Deploy without one: --gpu 0",
         )
     if weights_problem is not None:
-        raise BadRequest(f"No weights to serve. {weights_problem}")
+        hint = "Name the directory that holds config.json and the *.safetensors files."
+        raise BadRequest(f"No weights to serve. {weights_problem}", hint)
+    share_gib = d.order.executor.gpu_memory_gib if d.order else None
+    largest_bytes = max((slot.total_bytes for slot in slots), default=0)
+    if share_gib and largest_bytes and share_gib * 2**30 > largest_bytes:
+        raise BadRequest(
+            f"executor_config.gpu_memory_gib: {share_gib:g} GiB of a GPU are asked for, the largest here has "
+            f"{largest_bytes / 2**30:.1f}.",
+            "Leave it out to have a GPU alone.",
+        )
     if not force and (found := never(d, [slot.total_bytes for slot in slots])):
         raise BadRequest(*found)
 

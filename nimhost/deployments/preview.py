@@ -97,7 +97,7 @@ class Previews:
             source = await self._filesets.open(row)
             spec = await describe_weights(source, f"{name} {_origin(fileset)}")
         except NimhostError as error:
-            return _row(wish, workspace, name), f"{error.message} {error.hint or ''}".strip()
+            return _row(wish, workspace, name), error.in_full
         return _row(replace(wish, spec=spec), workspace, name), None
 
     async def _find(self) -> Find:

@@ -40,7 +40,7 @@ def provider_key(provider: Entity, secret: str | None) -> Key:
     try:
         return Key(headers=(render_auth_header(wish.auth_header_format, secret),))
     except NimhostError as error:
-        return Key(problem=f"{error.message} {error.hint or ''}".strip())
+        return Key(problem=error.in_full)
 
 
 def route_table(

@@ -39,7 +39,7 @@ from nimhost.host.container import (
     PullProgress,
 )
 from nimhost.host.docker_attempt import Attempt
-from nimhost.host.docker_errors import chain, refusal, unreachable
+from nimhost.host.docker_errors import USUAL_SOCKET, chain, refusal, unreachable
 from nimhost.host.docker_pull import follow_pull
 from nimhost.host.docker_requests import container_body, probe_body
 from nimhost.host.docker_stream import BlockingStream, Hold, hold_sockets
@@ -143,7 +143,7 @@ class DockerContainers:
             raise type(error)(error.message.replace(secret, "…"), error.hint) from None
         image = await self.image(name)
         if image is None:
-            raise DockerUnavailable(f"Image {name}: the pull broke off", "It is tried again")
+            raise DockerUnavailable(f"Image {name}: the pull broke off")
         return image
 
     # --- one container ---------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ class DockerContainers:
                 return _Gone(f"Docker: {message}")
             return refusal(error.status_code, message, image=image, pulling=pulling)
         if any(isinstance(cause, _UNREACHABLE) for cause in chain(error)):
-            host = self._host or kwargs_from_env().get("base_url") or "unix:///var/run/docker.sock"
+            host = self._host or kwargs_from_env().get("base_url") or USUAL_SOCKET
             return unreachable(error, host)
         return DockerError(f"Docker: {error}")
 

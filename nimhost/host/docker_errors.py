@@ -60,7 +60,7 @@ _PULLING: tuple[tuple[str, type[HostError], str | None], ...] = (
         r"no such host|time ?out|timed out|deadline exceeded|connection re|unreachable|server misbehaving|\beof\b"
         r"|temporary failure|tls handshake|no route to host|\b50\d\b|unavailable|bad gateway|broken pipe|canceled",
         RegistryUnavailable,
-        "Check that this machine reaches the registry; it is tried again",
+        "Check that this machine reaches the registry.",
     ),
     (r"manifest unknown|name unknown|not found|does not exist|\b404\b", ImageNotFound, "Check the name and the tag"),
 )
@@ -78,6 +78,9 @@ def refusal(status: int | None, message: str, *, image: str = "", pulling: bool 
     return DockerError(subject + message)
 
 
+USUAL_SOCKET = "unix:///var/run/docker.sock"
+
+
 def unreachable(error: BaseException, host: str) -> DockerUnavailable:
     """Docker could not be talked to: why, as far as the chain of causes tells."""
     causes = list(chain(error))
@@ -89,7 +92,8 @@ def unreachable(error: BaseException, host: str) -> DockerUnavailable:
     if any(isinstance(cause, FileNotFoundError | ConnectionRefusedError) for cause in causes):
         if host.startswith("unix:") and not (shutil.which("dockerd") or shutil.which("docker")):
             return DockerUnavailable("Docker is not installed", "See https://docs.docker.com/engine/install/")
-        return DockerUnavailable(f"Docker is not running at {host}", "Run: sudo systemctl start docker")
+        fix = "Run: sudo systemctl start docker" if host == USUAL_SOCKET else "Check DOCKER_HOST and [docker] host."
+        return DockerUnavailable(f"Docker is not running at {host}", fix)
     if any(isinstance(cause, TimeoutError) or "timed out" in str(cause).lower() for cause in causes):
         return DockerUnavailable(f"Docker at {host} does not answer", "Run: sudo systemctl status docker")
     return DockerUnavailable(f"Docker at {host} cannot be reached: {causes[-1]}", "Run: sudo systemctl status docker")

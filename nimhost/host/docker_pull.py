@@ -87,7 +87,7 @@ async def follow_pull(
             # With every layer here it is this machine that is slow, and no registry can be blamed.
             if quiet_s >= stall_timeout_s and not pull.fetched:
                 message = f"Image {name}: no progress for {quiet_s:.0f} s"
-                raise RegistryUnavailable(message, "Check the connection to the registry; it is tried again") from None
+                raise RegistryUnavailable(message, "Check the connection to the registry.") from None
             continue
         if line is None:
             return

@@ -299,6 +299,35 @@ def test_adapters_are_put_on_a_model_and_found_without_it(here: Run, tmp_path: P
     here("adapters", "get", "math", code=1)
 
 
+def test_a_deployment_is_made_waited_for_and_looked_at(here: Run) -> None:
+    executor = '{"gpu": 0, "image_name": "no/such", "image_tag": "1", "health_check_path": "/health"}'
+    configs, deployments = ("inference", "deployment-configs"), ("inference", "deployments")
+    here(*configs, "create", "c1", "--engine", "generic", "--model-spec", "{}", "--executor-config", executor)
+    late = here(*deployments, "create", "d1", "--config", "c1", "--wait", "--timeout", "0.5", code=1)
+    assert "'d1' is not READY after 0.5 s" in late.stderr
+    assert data(here(*deployments, "get", "d1"))["config_version"] == 1
+    here(*deployments, "update", "d1", "--config", "c1", "--desired", "stopped")
+    assert len(data(here(*deployments, "list", "--all-versions"))["data"]) == 2
+    assert data(here(*deployments, "versions", "get", "1", "--deployment", "d1"))["desired"] == "running"
+    assert data(here(*deployments, "list-models", "d1"))["models"] == []
+    assert "/d1" in here(*configs, "delete", "c1", code=1).stderr  # who uses it
+    stopped = data(here(*deployments, "update-status", "d1", "--status", "PENDING", "--status-message", "by hand"))
+    assert stopped["status_message"] == "by hand"
+
+
+def test_a_provider_s_status_can_be_set_by_hand(here: Run) -> None:
+    here("inference", "providers", "create", "p1", "--host-url", "http://127.0.0.1:1")
+    served = '[{"model_entity_id": "default/m", "served_model_name": "m"}]'
+    done = data(here("inference", "providers", "update-status", "p1", "--status", "ERROR", "--served-models", served))
+    assert (done["status"], done["served_models"][0]["served_model_name"]) == ("ERROR", "m")
+
+
+def test_secrets_survive_a_rotation_of_their_keys(here: Run) -> None:
+    here("secrets", "create", "key", "--value", "canary-1")
+    assert data(here("secrets", "admin", "rotate-encryption-keys"))["success"] is True
+    assert data(here("secrets", "access", "key"))["value"] == "canary-1"
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 

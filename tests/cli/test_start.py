@@ -71,7 +71,9 @@ def test_nobody_listening_says_how_to_start(nimhost: Run, wire: FakeWire) -> Non
     done = nimhost("ps")
     assert done.exit_code == 1
     assert done.stderr.startswith(f"Error: No nimhost at {wire.url} (")
-    assert done.stderr.endswith("Hint: Start it with: nimhost serve\n")
+    assert done.stderr.endswith(
+        "Hint: Start it with: nimhost serve   or say where it listens: --base-url URL, NIMHOST_BASE_URL\n"
+    )
 
 
 def test_an_error_of_the_daemon_is_shown_with_its_hint(nimhost: Run, wire: FakeWire) -> None:
@@ -161,3 +163,9 @@ def test_names_of_deployments_are_completed(wire: FakeWire) -> None:
 def test_completion_is_silent_without_a_daemon(wire: FakeWire) -> None:
     wire.close()
     assert complete("rm", "al") == []
+
+
+def test_a_misspelt_command_is_answered_with_the_nearest_one(nimhost: Run) -> None:
+    done = nimhost("depoly", "x")
+    assert done.exit_code == 2
+    assert "No such command 'depoly'. Did you mean deploy?" in done.stderr

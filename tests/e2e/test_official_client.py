@@ -1,6 +1,6 @@
 """The reference platform's own CLI and SDK, as PyPI has them, through every command and snippet of both pages.
 
-The SDK's snippets run meanwhile, against a daemon of their own: this CLI takes two seconds and more for each command.
+The SDK's snippets run meanwhile, against a daemon of their own: these clients look every three seconds.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import NamedTuple
 import docker
 import pytest
 
-from tests.e2e import official_snippets
+from tests.e2e import official_nemo, official_snippets
 from tests.e2e.official import official_venv
 from tests.e2e.pages import Block, blocks
 from tests.e2e.spec_world import ABOVE, EXPECTED, NO_ADAPTERS, Expected, Step, World, judge, run_block, spec_world
+from tests.support import wait_until
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1200)]
 
@@ -77,8 +79,14 @@ def world(
     tmp_path_factory: pytest.TempPathFactory, docker_engine: docker.DockerClient, gpu_requests: None, venv: Path
 ) -> Iterator[World]:
     with spec_world(tmp_path_factory.mktemp("cli"), docker_engine, "cli") as world:
-        world.command("nemo", f'exec {venv}/bin/nemo "$@"')
+        socket = world.directory / "nemo.sock"
+        program, python = official_nemo.__file__, venv / "bin" / "python"
+        running = subprocess.Popen([python, program, "serve", socket], env=world.env(), stderr=subprocess.DEVNULL)
+        wait_until(socket.exists, 60)
+        world.command("nemo", f'exec {sys.executable} -IS {program} run {socket} "$@"')
         yield world
+        running.kill()
+        running.wait(10)
 
 
 def as_accepted(text: str) -> str:
@@ -109,7 +117,7 @@ def test_the_official_cli_runs_every_command(sdk: Snippets, world: World, capsys
         setup, *rest = blocks(page, "bash")
         more = {"NMP_BASE_URL": world.daemon.url}
         steps += run_block(setup.heading, setup.text, world.env() | more, world.directory)
-        with ThreadPoolExecutor(3) as pool:
+        with ThreadPoolExecutor(4) as pool:
             steps += [step for found in pool.map(run, chains(rest)) for step in found]
     said = judge(steps, EXPECTED)
     with capsys.disabled():
