@@ -51,7 +51,10 @@ def resolve(flags: Mapping[str, str | None], env: Mapping[str, str], stored: Map
 
 
 def check_url(text: str) -> str:
-    """`text` without a trailing slash, or the `/v1` that OpenAI clients have there. Raises ConfigError if it is not an http(s) URL."""
+    """`text` without a trailing slash, or the `/v1` that OpenAI clients have there.
+
+    Raises ConfigError if it is not an http(s) URL.
+    """
     scheme, separator, rest = text.partition("://")
     if scheme in ("http", "https") and separator and rest.strip("/"):
         return text.rstrip("/").removesuffix("/v1")
