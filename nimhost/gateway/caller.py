@@ -7,7 +7,7 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, MutableMapping
 from typing import Any
 from weakref import WeakSet
 
@@ -104,6 +104,17 @@ class Caller:
         self._last_piece = piece or self._last_piece
         await self._send({"type": "http.response.body", "body": piece, "more_body": more})
 
+    def push(self, piece: bytes) -> Awaitable[None] | None:
+        """The same for a piece that is not the last, at once. The server lets a reply wait only while the client's
+        buffer is full: then there is something to await.
+        """
+        self._last_piece = piece
+        sending = self._send({"type": "http.response.body", "body": piece, "more_body": True}).__await__()
+        try:
+            return _Rest(sending, next(sending))
+        except StopIteration:
+            return None
+
     async def fail(self, error: NimhostError) -> None:
         """Before the first byte: the error as a reply. After it: the error as an event where there can be one.
 
@@ -119,6 +130,17 @@ class Caller:
             whole = not self._last_piece or self._last_piece.endswith((b"\n\n", b"\r\n\r\n"))
             event = error_event(error, self.scope["path"])
             await self.send_piece(event if whole else b"\n\n" + event, True)
+
+
+class _Rest:
+    """Of something that was begun outside a task, up to its first wait."""
+
+    def __init__(self, begun: Generator[Any, None, None], waiting_for: Any) -> None:
+        self._begun, self._waiting_for = begun, waiting_for
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield self._waiting_for
+        yield from self._begun
 
 
 class Upload:

@@ -7,7 +7,7 @@ where to connect; here is only what happens on the wire.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple, Protocol
 
 import httptools
@@ -48,6 +48,8 @@ class Uploading(Protocol):
 
 
 Body = bytes | Uploading | None
+Taker = Callable[[bytes], Awaitable[None] | None]
+"""Takes a piece of a reply at once; what it returns is to be awaited before the next one."""
 
 
 class Reply:
@@ -55,7 +57,8 @@ class Reply:
     that closes the connection too.
     """
 
-    __slots__ = ("_broken", "_connection", "_waiter", "begun", "complete", "headers", "pieces", "size_bytes", "status")
+    __slots__ = ("_broken", "_connection", "_stalled", "_waiter", "begun", "complete", "headers", "pieces",
+                 "size_bytes", "status", "taker")  # fmt: skip
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -67,6 +70,9 @@ class Reply:
         self.size_bytes = 0
         """Of `pieces`: what has arrived and nobody has read."""
         self.begun = self.complete = False
+        self.taker: Taker | None = None
+        """Takes what comes while somebody waits in `read()`, so that nobody has to be woken for it."""
+        self._stalled: Awaitable[None] | None = None
 
     async def head(self) -> None:
         """Wait for status and headers. Raises ConnectionBroken."""
@@ -87,13 +93,28 @@ class Reply:
                 raise self._broken
             self._waiter = self._connection.loop.create_future()
             await self._waiter
-        pieces = self.pieces
-        piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
+            if self._stalled:
+                stalled, self._stalled = self._stalled, None
+                await stalled
         self.size_bytes = 0
         if self._connection.held and not self.complete:
             self._connection.go_on()
+        return self._all_pieces()
+
+    def _all_pieces(self) -> bytes:
+        pieces = self.pieces
+        piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
         return piece
+
+    def hand_over(self) -> bool:
+        """What has come to the taker, if there is one and nothing before it is still on its way. False: it is kept."""
+        if not self.taker or not self.pieces or not self._waiter or self._waiter.done():
+            return False
+        self._stalled = self.taker(self._all_pieces())
+        if self._stalled:
+            self.tell()
+        return True
 
     def close(self) -> None:
         if not self.complete:
@@ -235,6 +256,8 @@ class Connection(asyncio.Protocol):
             return
         if reply.complete:
             self._free()
+        elif reply.hand_over():
+            return
         else:
             reply.size_bytes += len(data)
             if reply.size_bytes > READ_AHEAD_BYTES and not self.held:

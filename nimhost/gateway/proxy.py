@@ -8,6 +8,9 @@ request goes to another upstream only if it could not be sent to the first.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Generator
+from functools import partial
+from typing import Any
 
 from nimhost.config import Gateway as GatewaySettings
 from nimhost.errors import MethodNotAllowed, NimhostError, NotFound, NotReady, ProviderRefused
@@ -247,6 +250,8 @@ class Gateway:
             await caller.start(answer.status, headers)
         elif not goes_on(answer):
             await tell_instead(answer, route)
+        if answer is reply:
+            reply.taker = partial(_pass_on, caller, exchange, watch)
         more = True
         while more:
             exchange.upstreams_turn()
@@ -256,6 +261,27 @@ class Gateway:
             if watch:
                 watch.piece(piece)
             await caller.send_piece(piece, more)
+
+
+def _pass_on(caller: Caller, exchange: Exchange, watch: Watch | None, piece: bytes) -> Awaitable[None] | None:
+    """A piece, as soon as it comes. What is returned is to be awaited: the client does not keep up."""
+    if watch:
+        watch.piece(piece)
+    rest = caller.push(piece)
+    exchange.upstreams_turn()
+    return _Patience(rest, exchange) if rest else None
+
+
+class _Patience:
+    """Awaits the client, and takes none of that time for the upstream's. No coroutine: nobody may come to await it."""
+
+    def __init__(self, rest: Awaitable[None], exchange: Exchange) -> None:
+        self._rest, self._exchange = rest, exchange
+        exchange.clients_turn()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from self._rest.__await__()
+        self._exchange.upstreams_turn()
 
 
 async def _refusal(reply: Reply, route: Route) -> ProviderRefused:
