@@ -121,7 +121,7 @@ def test_healthy_is_not_ready_before_the_model_is_listed(
 ) -> None:
     _model(daemon, "tiny", tiny_model_dir)
     _deploy_vllm(daemon, "tiny", fake_engine_image, additional_envs={"FAKE_FAULTS": json.dumps({"hide_models": True})})
-    wait_until(lambda: _engine_message(daemon, "tiny") == "/v1/models does not list default/tiny", 10)
+    wait_until(lambda: _engine_message(daemon, "tiny") == "/v1/models does not list default/tiny", 30)
     assert (daemon.deployment("tiny") or {})["status"] == "PENDING"
 
 

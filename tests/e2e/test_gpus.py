@@ -125,7 +125,11 @@ def test_a_model_on_the_hub_is_planned_from_its_headers(
     files["model.safetensors"] += bytes(1_000_000)
     with FakeHub() as hub:
         hub.add("Qwen/Qwen3-14B", files)
-        daemon = make_daemon(NIMHOST_GPUS__SIMULATED=one_gpu(), NIMHOST_WEIGHTS__ENDPOINT=hub.url)
+        daemon = make_daemon(
+            NIMHOST_GPUS__SIMULATED=one_gpu(),
+            NIMHOST_WEIGHTS__ENDPOINT=hub.url,
+            NIMHOST_ENGINES__VLLM__IMAGE="127.0.0.1:1/vllm-openai:never-here",
+        )
         found = nimhost(daemon, "plan", "Qwen/Qwen3-14B", "-f", "json")
         assert found.returncode == 1, found.stderr
         plan = json.loads(found.stdout)
