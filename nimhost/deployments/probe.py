@@ -37,7 +37,7 @@ class _ModelList(Struct):
 
 
 class Prober:
-    """One task per running engine; `health` answers from memory. `on_change` is called on the loop."""
+    """One task per running engine; `health` answers from memory. `on_change` is called on the loop when it changed."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
@@ -87,7 +87,7 @@ class Prober:
     def _tell(self, key: str, health: Health) -> Health:
         before = self._health.get(key)
         self._health[key] = health
-        if before is None or (before.state, before.models) != (health.state, health.models):
+        if before != health:
             self._on_change()
         return health
 
@@ -104,8 +104,8 @@ class Prober:
             listing = await self._client.get(target.url + target.probe.models_path)
         except httpx.InvalidURL as error:
             return Health(state="starting", detail=f"{target.probe.health_path} is not a path: {error}")
-        except httpx.HTTPError as error:
-            return Health(state="starting", detail=f"no answer yet ({type(error).__name__})")
+        except httpx.HTTPError:
+            return Health(state="starting", detail="no answer yet")
         models = _model_ids(listing)
         missing = [name for name in target.probe.served_names if name not in models]
         if missing:
