@@ -1,4 +1,4 @@
-"""Everything in the README is run: its commands in their order, on a stand-in for the hub."""
+"""The README's commands, run in their order on a stand-in for the hub; ELSEWHERE says which ones are not run here."""
 
 from __future__ import annotations
 
