@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, Protocol
 
-from nimhost.entities import SlidingWindowConfig
+from nimhost.layers import SlidingWindowConfig
 from nimhost.sizes import KvLayers, MemorySpec
 
 BITS = {
@@ -48,6 +48,7 @@ class Shape(Protocol):
     vocab: int
 
     def first(self, *names: str) -> Any: ...
+    def number(self, *names: str) -> int | None: ...
     def precision(self) -> str: ...
     def quantised_bits(self) -> int | None: ...
     def sliding_window(self) -> SlidingWindowConfig | None: ...
@@ -68,8 +69,19 @@ def read_memory(
         disk_bytes=disk_bytes,
         kv=_kv(shape, kinds),
         state_values=_state(shape, kinds),
+        positions=_positions(shape),
         exact=bool(tensors),
     )
+
+
+def _positions(shape: Shape) -> int:
+    """As vLLM derives the longest context (`_get_and_verify_max_len`): scaled rotary embeddings stretch it, and
+    `model_max_length` of a config.json overrides it. Llama 3's scaling is part of what its config says."""
+    scaling = shape.first("rope_scaling", "rope_parameters") or {}
+    plain = isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in (None, "default", "llama3")
+    if not plain or shape.first("model_max_length") is not None:
+        return 0
+    return shape.number("max_position_embeddings") or 0
 
 
 def _counted(tensors: Mapping[str, SizedTensor], tied: bool) -> tuple[int, int]:
@@ -100,12 +112,12 @@ def _kv(shape: Shape, kinds: list[str]) -> list[KvLayers]:
     if shape.family.removesuffix("_model") in ENCODERS:
         return []
     attention, windowed = _attention_layers(shape, kinds)
-    attention -= shape.first("num_kv_shared_layers") or 0
-    rank = shape.first("kv_lora_rank")
+    attention = max(0, attention - (shape.number("num_kv_shared_layers") or 0))
+    rank = shape.number("kv_lora_rank")
     if rank:  # multi-head latent attention: one vector for all heads
-        return [KvLayers(layers=attention, values=rank + (shape.first("qk_rope_head_dim") or 0), heads=1)]
+        return [KvLayers(layers=attention, values=rank + (shape.number("qk_rope_head_dim") or 0), heads=1)]
     key = shape.head_dim
-    values = shape.kv_heads * (key + (shape.first("v_head_dim") or key))
+    values = shape.kv_heads * (key + (shape.number("v_head_dim") or key))
     window = shape.sliding_window()
     groups = [(attention - windowed, None), (windowed, window.window_size if window else None)]
     return [KvLayers(layers=n, values=values, heads=shape.kv_heads, window=size) for n, size in groups if n > 0]
@@ -123,8 +135,8 @@ def _attention_layers(shape: Shape, kinds: list[str]) -> tuple[int, int]:
 def _patterned(shape: Shape, attention: int) -> int:
     if shape.sliding_window() is None:
         return 0
-    if first := shape.first("max_window_layers"):  # Qwen: the layers from here on
-        return max(0, attention - int(first))
+    if first := shape.number("max_window_layers"):  # Qwen: the layers from here on
+        return max(0, attention - first)
     pattern = shape.first("sliding_window_pattern", "_sliding_window_pattern") or WINDOW_PATTERNS.get(shape.family)
     return attention - attention // int(pattern) if isinstance(pattern, int) else attention
 
@@ -133,21 +145,27 @@ def _state(shape: Shape, kinds: list[str]) -> int:
     """Of all state space and linear attention layers."""
     mamba = sum("mamba" in kind or kind == "hybrid" for kind in kinds)
     linear = sum(kind == "linear_attention" for kind in kinds)
-    kernel = shape.first("conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim") or 4
+    kernel = shape.number("conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim") or 4
     return mamba * _mamba_state(shape, kernel) + linear * _linear_state(shape, kernel)
 
 
 def _mamba_state(shape: Shape, kernel: int) -> int:
-    heads, width = shape.first("mamba_num_heads", "mamba_n_heads"), shape.first("mamba_head_dim", "mamba_d_head")
-    expanded = (shape.first("expand", "mamba_expand") or 2) * shape.hidden
-    inner = heads * width if isinstance(heads, int) and isinstance(width, int) else expanded
-    state = shape.first("ssm_state_size", "mamba_d_state", "state_size") or 16
-    groups = shape.first("n_groups", "mamba_n_groups") or 0
-    return int(inner * state + (inner + 2 * groups * state) * (kernel - 1))
+    heads, width = shape.number("mamba_num_heads", "mamba_n_heads"), _head_width(shape)
+    expanded = (shape.number("expand", "mamba_expand") or 2) * shape.hidden
+    inner = expanded if heads is None or width is None else heads * width
+    state = shape.number("ssm_state_size", "mamba_d_state", "state_size") or 16
+    groups = shape.number("n_groups", "mamba_n_groups") or 0
+    return inner * state + (inner + 2 * groups * state) * (kernel - 1)
+
+
+def _head_width(shape: Shape) -> int | None:
+    """Some families say "auto"."""
+    auto = shape.first("mamba_head_dim", "mamba_d_head") == "auto"
+    return None if auto else shape.number("mamba_head_dim", "mamba_d_head")
 
 
 def _linear_state(shape: Shape, kernel: int) -> int:
     """Gated delta rule (Qwen3-Next): a matrix per value head, and the last inputs of the convolution."""
     fields = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
-    key_heads, value_heads, key, value = (int(shape.first(name) or 0) for name in fields)
+    key_heads, value_heads, key, value = (shape.number(name) or 0 for name in fields)
     return value_heads * key * value + (2 * key_heads * key + value_heads * value) * (kernel - 1)

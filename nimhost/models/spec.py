@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict, replace
+from msgspec.structs import fields as struct_fields
 
-from nimhost.entities import Entity, Fileset, Json, Model, ModelSpec, ModelStatus, ToolCallConfig
+from nimhost.entities import Entity, Fileset, GivenSpec, Json, Model, ModelSpec, ModelStatus, ToolCallConfig
 from nimhost.errors import BadRequest
 
 FIELD = "metadata.model.tool_calling"
@@ -51,13 +52,21 @@ def read_tool_calling(model_metadata: Json | None, fileset: str) -> ToolCalling:
 def spec_of(entity: Entity) -> ModelSpec | None:
     """The spec that counts: the completed one, unless the wish has changed since it was completed."""
     model, status = _halves(entity)
-    return status.spec if status.spec is not None and status.spec_wish == _key(model) else model.spec
+    if status.spec is not None and status.spec_wish == _key(model):
+        return status.spec
+    return None if model.spec is None or missing_in(model.spec) else complete_spec(model.spec, None, None)
+
+
+def missing_in(given: GivenSpec) -> list[str]:
+    """The fields that every spec has and this one leaves open."""
+    return [f.name for f in struct_fields(ModelSpec) if f.required and getattr(given, f.name) is None]
 
 
 def with_spec(entity: Entity) -> Entity:
-    """The entity with the spec that counts as if its user had sent it: how it is shown."""
+    """The entity with the spec that counts as if its user had sent it: how it is shown. As long as there is none, with
+    what he did send."""
     model, status = _halves(entity)
-    return replace(entity, wish=replace(model, spec=spec_of(entity)), status=replace(status, spec=None))
+    return replace(entity, wish=replace(model, spec=spec_of(entity) or model.spec), status=replace(status, spec=None))
 
 
 def is_described(entity: Entity) -> bool:
@@ -109,12 +118,14 @@ def _key(model: Model) -> str:
     return hashlib.sha256(msgspec.json.encode((model.fileset, model.spec))).hexdigest()[:12]
 
 
-def complete_spec(own: ModelSpec | None, computed: ModelSpec, tools: ToolCalling | None) -> ModelSpec:
+def complete_spec(own: GivenSpec | None, computed: ModelSpec | None, tools: ToolCalling | None) -> ModelSpec:
     """The spec of a model: what its user sent, its gaps filled from the checkpoint, then what the fileset hands down.
 
     A field that the user left out (or null) is a gap. The fileset's tool calling wins over the user's, field by field.
+    Without `computed` there must be no gap in what every spec has.
     """
-    spec = computed if own is None else replace(own, **_gaps(asdict(own), asdict(computed)))
+    said = {name: value for name, value in asdict(own).items() if value is not None} if own else {}
+    spec = ModelSpec(**((asdict(computed) if computed else {}) | said))
     if tools is None:
         return spec
     config = tools.config
@@ -144,9 +155,5 @@ def chat_of(entity: Entity, fileset: Fileset | None) -> tuple[str | None, ToolCa
 
 
 def _gaps(ours: Mapping[str, object], theirs: Mapping[str, object]) -> dict[str, object]:
-    """The fields that `ours` leaves open (null, or the false that means "not said"), as `theirs` has them."""
-    open_fields = (name for name, value in ours.items() if value is None or (name, value) == (_FALSE_IS_OPEN, False))
-    return {name: theirs[name] for name in open_fields}
-
-
-_FALSE_IS_OPEN = "is_embedding_model"
+    """The fields that `ours` leaves open, as `theirs` has them."""
+    return {name: theirs[name] for name, value in ours.items() if value is None}

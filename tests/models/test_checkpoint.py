@@ -7,17 +7,10 @@ from typing import Any
 
 import pytest
 
-from nimhost.entities import MambaConfig, MoEConfig, SlidingWindowConfig
 from nimhost.errors import BadRequest
-from nimhost.models.checkpoint import (
-    Tensor,
-    count_parameters,
-    header_length,
-    is_weights_dir,
-    parse_safetensors_header,
-    read_spec,
-    weights_end,
-)
+from nimhost.layers import MambaConfig, MoEConfig, SlidingWindowConfig
+from nimhost.models.checkpoint import is_weights_dir, read_spec
+from nimhost.models.tensors import Tensor, count_parameters, header_length, parse_safetensors_header, weights_end
 
 
 def config(arch: str, family: str, layers: int, hidden: int, heads: int, ffn: int, vocab: int, **rest: Any) -> Any:

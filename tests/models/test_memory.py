@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from nimhost.models.checkpoint import Tensor, read_spec
+from nimhost.models.checkpoint import read_spec
 from nimhost.models.memory import GIB, Ask, Fit, fit, kv_bytes
+from nimhost.models.tensors import Tensor
 from tests.models import public
 from tests.models import test_checkpoint as known
 

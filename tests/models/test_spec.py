@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
+from msgspec.structs import fields as struct_fields
 
 from nimhost.entities import (
     Entity,
     Fileset,
     FilesetMetadata,
+    GivenSpec,
     LinearLayerSpec,
     Model,
     ModelSpec,
@@ -19,7 +21,6 @@ from nimhost.entities import (
     ToolCallConfig,
 )
 from nimhost.errors import BadRequest
-from nimhost.models.checkpoint import Tensor, linear_layers
 from nimhost.models.spec import (
     ToolCalling,
     chat_of,
@@ -30,7 +31,9 @@ from nimhost.models.spec import (
     not_described,
     read_tool_calling,
     spec_of,
+    with_spec,
 )
+from nimhost.models.tensors import Tensor, linear_layers
 from tests.engines.make import spec
 
 COMPUTED = spec(
@@ -57,6 +60,29 @@ def test_what_the_user_says_wins_and_the_rest_is_filled() -> None:
     assert (made.is_chat, made.moe_config) == (True, COMPUTED.moe_config)
     assert complete_spec(replace(own, is_chat=False), COMPUTED, None).is_chat is False
     assert complete_spec(None, COMPUTED, None) == COMPUTED
+
+
+def test_what_is_said_is_said_also_when_it_is_no() -> None:
+    embeds = spec(is_embedding_model=True)
+    assert complete_spec(GivenSpec(), embeds, None) == embeds
+    assert complete_spec(GivenSpec(is_embedding_model=False), embeds, None).is_embedding_model is False
+    assert complete_spec(GivenSpec(is_embedding_model=True, num_layers=0), spec(), None).is_embedding_model is True
+    assert complete_spec(GivenSpec(num_layers=0), embeds, None).num_layers == 0
+
+
+def test_a_spec_with_gaps_is_none_until_they_are_filled() -> None:
+    partial = entity(fileset="default/ff", spec=GivenSpec(num_layers=3))
+    assert spec_of(partial) is None
+    assert with_spec(partial).wish.spec == GivenSpec(num_layers=3)
+    done = replace(partial, status=described(partial, COMPUTED, None))
+    assert spec_of(done) == replace(COMPUTED, num_layers=3)
+    whole = GivenSpec(**asdict(COMPUTED))
+    assert spec_of(entity(spec=whole)) == COMPUTED
+
+
+def test_a_user_can_say_whatever_a_spec_has() -> None:
+    given = [(f.name, f.required) for f in struct_fields(GivenSpec)]
+    assert given == [(f.name, False) for f in struct_fields(ModelSpec)]
 
 
 def test_a_fileset_hands_its_tool_calling_down_field_by_field() -> None:
