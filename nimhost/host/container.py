@@ -21,6 +21,7 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     root_dir: str
     """Where it keeps images and containers: the file system that a pull fills."""
     architecture: str
+    """The CPUs of its machine, as Docker calls them: `amd64`, `arm64`; empty: it does not say."""
     nvidia_runtime: bool | None
     """True: it lists NVIDIA's runtime or devices. None: it does not say, only `hands_out_gpus()` can tell."""
 
@@ -32,6 +33,8 @@ class Image(Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     user: str = ""
     entrypoint: tuple[str, ...] = ()
+    architecture: str = ""
+    """The CPUs it is made for, as Docker calls them (`amd64`, `arm64`); empty: it does not say."""
     digest: str | None = None
     """`repository@sha256:…`, by which the very same image can be pulled again; None for one that was made here."""
 
@@ -65,6 +68,24 @@ class Container(Struct, frozen=True, kw_only=True):
     """Of this machine, on 127.0.0.1; None while it does not run."""
     gpu_ids: tuple[str, ...] = ()
     """What was asked for it: uuids or indexes; `count:2` for just a number; `all`."""
+    mounts: tuple[str, ...] = ()
+    """Files and directories of this machine that are mounted into it."""
+
+
+class Launch(Struct, frozen=True, kw_only=True):
+    """A container to be made: what it runs, and what only this machine at this moment knows about it."""
+
+    spec: ContainerSpec
+    name: str
+    image_id: str | None = None
+    env: dict[str, str] = {}
+    """Put over `spec.env`. Secrets are in it."""
+    labels: dict[str, str] = {}
+    gpu_ids: tuple[str, ...] = ()
+    ulimits: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return f"Launch({self.name})"
 
 
 class ContainerEvent(Struct, frozen=True, kw_only=True):
@@ -85,7 +106,7 @@ class Containers(Protocol):
 
     async def facts(self) -> EngineFacts: ...
 
-    async def hands_out_gpus(self) -> bool:
+    async def hands_out_gpus(self, owner: str = "") -> bool:
         """Whether a container can be given GPUs: found out by starting an empty one, so nothing need be pulled."""
         ...
 
@@ -112,18 +133,8 @@ class Containers(Protocol):
         """
         ...
 
-    async def create(
-        self,
-        spec: ContainerSpec,
-        *,
-        name: str,
-        image_id: str | None = None,
-        env: Mapping[str, str] = {},
-        labels: Mapping[str, str] = {},
-        gpu_ids: tuple[str, ...] = (),
-        ulimits: Mapping[str, int] = {},
-    ) -> str:
-        """Make a container and return its id. `env` is put over `spec.env`. Raises NameTaken, ImageNotFound.
+    async def create(self, launch: Launch) -> str:
+        """Make a container and return its id. Raises NameTaken, ImageNotFound.
 
         Prefer `run`, which leaves nothing behind when it fails.
         """
@@ -133,22 +144,11 @@ class Containers(Protocol):
         """Start it and read it back, with its port. Raises GpuRuntimeMissing, GpuUnavailable, DockerError."""
         ...
 
-    async def run(
-        self,
-        spec: ContainerSpec,
-        *,
-        name: str,
-        image_id: str | None = None,
-        env: Mapping[str, str] = {},
-        labels: Mapping[str, str] = {},
-        gpu_ids: tuple[str, ...] = (),
-        ulimits: Mapping[str, int] = {},
-        on_warning: Callable[[str], None] | None = None,
-    ) -> Container:
+    async def run(self, launch: Launch) -> Container:
         """Create and start, or leave nothing behind: neither when the start fails (that error is raised, not what the
         clean-up met), nor when cancelled (it returns at once, the rest happens behind it).
 
-        Limits that this machine refuses are left out, with a sentence to `on_warning`.
+        Limits that this machine refuses are left out, with a warning in the log.
         """
         ...
 

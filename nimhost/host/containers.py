@@ -25,8 +25,8 @@ from docker.errors import APIError, DockerException
 from docker.errors import NotFound as NotInDocker
 from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
 from docker.utils import kwargs_from_env
+from msgspec.structs import replace
 
-from nimhost.engines.spec import ContainerSpec
 from nimhost.errors import DockerError, DockerUnavailable, GpuRuntimeMissing, GpuUnavailable, NimhostError
 from nimhost.host import docker_replies as replies
 from nimhost.host.container import (
@@ -36,16 +36,17 @@ from nimhost.host.container import (
     Containers,
     EngineFacts,
     Image,
+    Launch,
     PullProgress,
 )
 from nimhost.host.docker_attempt import Attempt
 from nimhost.host.docker_errors import USUAL_SOCKET, chain, refusal, unreachable
 from nimhost.host.docker_pull import follow_pull
-from nimhost.host.docker_requests import container_body, probe_body
+from nimhost.host.docker_requests import container_body, probe_body, probe_labels
 from nimhost.host.docker_stream import BlockingStream, Hold, hold_sockets
 
 __all__ = [
-    "GPU_ULIMITS", "Container", "ContainerEvent", "Containers", "DockerContainers", "EngineFacts", "Image",
+    "GPU_ULIMITS", "Container", "ContainerEvent", "Containers", "DockerContainers", "EngineFacts", "Image", "Launch",
     "PullProgress",
 ]  # fmt: skip
 
@@ -90,9 +91,9 @@ class DockerContainers:
     async def facts(self) -> EngineFacts:
         return await self._call(lambda client: replies.engine_facts(client.version(), client.info()))
 
-    async def hands_out_gpus(self) -> bool:
+    async def hands_out_gpus(self, owner: str = "") -> bool:
         try:
-            await self._call(_start_empty_with_gpu)
+            await self._call(lambda client: _start_empty_with_gpu(client, owner))
         except GpuRuntimeMissing:
             return False
         except (DockerError, GpuUnavailable):
@@ -148,49 +149,26 @@ class DockerContainers:
 
     # --- one container ---------------------------------------------------------------------------------------------
 
-    async def create(
-        self,
-        spec: ContainerSpec,
-        *,
-        name: str,
-        image_id: str | None = None,
-        env: Mapping[str, str] = {},
-        labels: Mapping[str, str] = {},
-        gpu_ids: tuple[str, ...] = (),
-        ulimits: Mapping[str, int] = {},
-    ) -> str:
-        body = container_body(spec, image_id, env, labels, gpu_ids, ulimits)
-        return await self._call(lambda client: _create(client, name, body), image=spec.image)
+    async def create(self, launch: Launch) -> str:
+        body = container_body(launch)
+        return await self._call(lambda client: _create(client, launch.name, body), image=launch.spec.image)
 
     async def start(self, container_id: str) -> Container:
         return await self._call(lambda client: _start(client, container_id))
 
-    async def run(
-        self,
-        spec: ContainerSpec,
-        *,
-        name: str,
-        image_id: str | None = None,
-        env: Mapping[str, str] = {},
-        labels: Mapping[str, str] = {},
-        gpu_ids: tuple[str, ...] = (),
-        ulimits: Mapping[str, int] = {},
-        on_warning: Callable[[str], None] | None = None,
-    ) -> Container:
+    async def run(self, launch: Launch) -> Container:
         def made(client: APIClient, limits: Mapping[str, int]) -> str:
-            return _create(client, name, container_body(spec, image_id, env, labels, gpu_ids, limits))
+            return _create(client, launch.name, container_body(replace(launch, ulimits=dict(limits))))
 
-        attempt = Attempt(made, _start, _discard, ulimits)
+        attempt = Attempt(made, _start, _discard, launch.ulimits)
         try:
-            container = await self._call(attempt.perform, image=spec.image)
+            container = await self._call(attempt.perform, image=launch.spec.image)
         except asyncio.CancelledError:
             if late := attempt.abandon():
                 self._submit(lambda client: _remove(client, late))
             raise
         for warning in attempt.warnings:
-            log.warning("%s: %s", name, warning)
-            if on_warning:
-                on_warning(warning)
+            log.warning("%s: %s", launch.name, warning)
         return container
 
     async def stop(self, container_id: str, timeout_s: int) -> None:
@@ -386,12 +364,15 @@ def _discard(client: APIClient, container_id: str) -> None:
         _remove(client, container_id)
 
 
-def _start_empty_with_gpu(client: APIClient) -> None:
+def _start_empty_with_gpu(client: APIClient, owner: str) -> None:
     """Always fails; how, tells whether Docker can hand out GPUs. Needs no image: it makes an empty one."""
+    labels = [f"{name}={value}" for name, value in probe_labels(owner).items()]
+    for left in client.containers(all=True, filters={"label": labels}):  # by a daemon that was killed
+        _discard(client, left["Id"])
     image_id = json.loads(client.import_image_from_data(_EMPTY_TAR))["status"]
     container_id = ""
     try:
-        container_id = _create(client, None, probe_body(image_id))
+        container_id = _create(client, None, probe_body(image_id, owner))
         client.start(container_id)
     finally:
         _discard(client, container_id)

@@ -53,8 +53,16 @@ _PULLING: tuple[tuple[str, type[HostError], str | None], ...] = (
     (r"toomanyrequests|too many requests|\b429\b", RegistryUnavailable, "The registry limits pulls; log in, or wait"),
     (r"server gave http response to https client", HostError, _INSECURE_HINT),
     (r"x509|certificate", HostError, _CERTIFICATE_HINT),
-    (r"unauthorized|denied|authentication required|no basic auth|\b40[13]\b", RegistryDenied, _CREDENTIALS_HINT),
-    (r"no matching manifest", ImageNotFound, "The image is not made for this machine's architecture"),
+    (
+        r"unauthorized|denied|forbidden|authentication required|payment required|no basic auth|\b40[123]\b",
+        RegistryDenied,
+        _CREDENTIALS_HINT,
+    ),
+    (
+        r"no matching manifest|no match for platform|specified platform",
+        ImageNotFound,
+        "The image is not made for this machine's architecture",
+    ),
     (r"invalid reference format|invalid tag|must be lowercase", ImageNotFound, "An image is named REGISTRY/NAME:TAG"),
     (
         r"no such host|time ?out|timed out|deadline exceeded|connection re|unreachable|server misbehaving|\beof\b"

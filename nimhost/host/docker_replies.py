@@ -24,7 +24,7 @@ def engine_facts(version: Json, info: Json) -> EngineFacts:
         version=version["Version"],
         api_version=version["ApiVersion"],
         root_dir=info.get("DockerRootDir", ""),
-        architecture=info.get("Architecture", ""),
+        architecture=version.get("Arch") or "",
         nvidia_runtime=True if listed else None,
     )
 
@@ -41,6 +41,7 @@ def image(name: str, reply: Json) -> Image:
         env=environment(config.get("Env")),
         user=config.get("User") or "",
         entrypoint=tuple(config.get("Entrypoint") or ()),
+        architecture=reply.get("Architecture") or "",
         digest=next(iter(own or digests), None),
     )
 
@@ -66,6 +67,7 @@ def container(reply: Json) -> Container:
         finished_at=finished_at,
         port=loopback_port((reply.get("NetworkSettings") or {}).get("Ports")),
         gpu_ids=gpu_ids(reply.get("HostConfig") or {}, reply["Config"].get("Env")),
+        mounts=tuple(m["Source"] for m in reply.get("Mounts") or () if m.get("Type") == "bind"),
     )
 
 

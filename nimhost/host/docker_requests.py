@@ -7,28 +7,22 @@ import resource
 from collections.abc import Mapping
 from typing import Any
 
-from nimhost.engines.spec import ContainerSpec
+from nimhost.host.container import Launch
 
 Json = dict[str, Any]
 
 _LOGS = {"Type": "json-file", "Config": {"max-size": "50m", "max-file": "3"}}
 
 
-def container_body(
-    spec: ContainerSpec,
-    image_id: str | None,
-    env: Mapping[str, str],
-    labels: Mapping[str, str],
-    gpu_ids: tuple[str, ...],
-    ulimits: Mapping[str, int],
-) -> Json:
-    """The body of `/containers/create`. `env` goes over `spec.env`."""
+def container_body(launch: Launch) -> Json:
+    """The body of `/containers/create`."""
+    spec = launch.spec
     port = f"{spec.port}/tcp"
     return {
-        "Image": image_id or spec.image,
+        "Image": launch.image_id or spec.image,
         "Cmd": list(spec.args),
-        "Env": [f"{key}={value}" for key, value in {**spec.env, **env}.items()],
-        "Labels": dict(labels),
+        "Env": [f"{key}={value}" for key, value in {**spec.env, **launch.env}.items()],
+        "Labels": launch.labels,
         "User": spec.user or "",
         "ExposedPorts": {port: {}},
         "HostConfig": {
@@ -42,8 +36,8 @@ def container_body(
                 {"Type": "bind", "Source": mount.source, "Target": mount.target, "ReadOnly": mount.read_only}
                 for mount in spec.mounts
             ],
-            "DeviceRequests": [gpu_request(*gpu_ids)] if gpu_ids else [],
-            "Ulimits": [{"Name": name, "Soft": value, "Hard": value} for name, value in ulimits.items()],
+            "DeviceRequests": [gpu_request(*launch.gpu_ids)] if launch.gpu_ids else [],
+            "Ulimits": [{"Name": name, "Soft": value, "Hard": value} for name, value in launch.ulimits.items()],
             "LogConfig": _LOGS,
             "SecurityOpt": ["no-new-privileges"],
             "CapDrop": ["ALL"],
@@ -56,10 +50,15 @@ def gpu_request(*gpu_ids: str) -> Json:
     return {"Driver": "nvidia", "Count": 0, "DeviceIDs": list(gpu_ids), "Capabilities": [["gpu"]]}
 
 
-def probe_body(image: str) -> Json:
+def probe_labels(owner: str) -> dict[str, str]:
+    """Of the container that probes GPU support, by which one that a killed daemon left is found."""
+    return {"io.nimhost.owner": owner, "io.nimhost.probe": "gpu"}
+
+
+def probe_body(image: str, owner: str) -> Json:
     """A container that cannot run, and that fails in another way where there is no GPU support."""
-    labels = {"io.nimhost.probe": "gpu"}
-    return {"Image": image, "Cmd": ["/none"], "Labels": labels, "HostConfig": {"DeviceRequests": [gpu_request()]}}
+    devices = {"DeviceRequests": [gpu_request()]}
+    return {"Image": image, "Cmd": ["/none"], "Labels": probe_labels(owner), "HostConfig": devices}
 
 
 def refused_limits(message: str, ulimits: Mapping[str, int]) -> tuple[str, ...]:

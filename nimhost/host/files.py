@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,8 +100,15 @@ class FileStorage:
         """A file that nimhost itself put where it is. Raises NotFound."""
         return await self.run(self._open_path, path)
 
-    async def write(self, base: Path, path: str, chunks: AsyncIterator[bytes]) -> StoredFile:
+    async def write(
+        self,
+        base: Path,
+        path: str,
+        chunks: AsyncIterator[bytes],
+        placing: AbstractAsyncContextManager[None] | None = None,
+    ) -> StoredFile:
         """Stores `chunks` under `path`, replacing what was there only when all of it has come and is on the disk.
+        `placing` is entered for the moment in which it gets its place: what that raises keeps it from getting it.
 
         Raises BadRequest for a path that leaves `base`, Conflict where a directory or a file is in the way, DiskFull.
         """
@@ -110,7 +117,9 @@ class FileStorage:
         fd = await self.run(_create_draft, draft)
         try:
             size_bytes = await self._copy(chunks, fd)
-            await self.run(_publish, fd, draft, base, parts)
+            await self.run(os.fsync, fd)
+            async with placing or nullcontext():
+                await self.run(_publish, draft, base, parts)
         except BaseException:
             # On the loop on purpose: two short calls, and a cancelled upload must not await anything.
             os.close(fd)
@@ -257,8 +266,7 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _publish(fd: int, draft: Path, base: Path, parts: list[str]) -> None:
-    os.fsync(fd)
+def _publish(draft: Path, base: Path, parts: list[str]) -> None:
     with _directory(base, parts[:-1], create=True) as directory:
         os.rename(draft, parts[-1], dst_dir_fd=directory)
         os.fsync(directory)
@@ -294,7 +302,10 @@ def _list_files(base: Path, prefix: str) -> list[StoredFile]:
             relative = path.relative_to(base).as_posix()
             if wanted and relative != wanted and not relative.startswith(f"{wanted}/"):
                 continue
-            found = path.lstat()
+            try:
+                found = path.lstat()
+            except FileNotFoundError:  # others use the directory, too
+                continue
             if stat.S_ISREG(found.st_mode):
                 files.append(StoredFile(relative, found.st_size))
     return sorted(files, key=lambda file: file.path)

@@ -138,6 +138,9 @@ class SimulatedGpus:
 
     def _read(self) -> GpuFacts:
         gpus = [_simulated_settings(index, gpu) for index, gpu in enumerate(self.settings)]
+        uuids = [gpu.uuid for gpu in gpus if gpu.uuid]
+        if twice := next((uuid for uuid in uuids if uuids.count(uuid) > 1), None):
+            raise ConfigError(f"[gpus] simulated: two GPUs have the uuid {twice}.", "Leave uuid out, or name others.")
         return GpuFacts(
             driver=next((gpu.driver for gpu in gpus if gpu.driver), None),
             cuda=next((gpu.cuda for gpu in gpus if gpu.cuda), None),

@@ -1,6 +1,7 @@
-"""The files of a repository on a model hub, for who looks at a fileset: named, read in ranges, from the cache if there.
+"""The files of a repository on a model hub or NGC, for who looks at a fileset: named, and read in ranges.
 
-Blocking calls go to threads of their own; a hub that does not answer keeps nobody waiting for long.
+What the cache has comes from there. Blocking calls go to threads of their own; a hub that does not answer keeps nobody
+waiting for long.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from msgspec import Struct
 from nimhost.errors import HubUnavailable, NotFound, WeightsGated, WeightsMissing
 from nimhost.host.files import CHUNK_BYTES, StoredFile
 from nimhost.host.threads import in_thread
-from nimhost.host.weights_cache import RepoCache
-from nimhost.host.weights_choice import HubFile
-from nimhost.host.weights_hub import NETWORK, Hub, Interrupted, reason
-from nimhost.host.weights_wire import Limits, Repo
+from nimhost.host.weights.cache import RepoCache
+from nimhost.host.weights.choice import HubFile
+from nimhost.host.weights.hub import NETWORK, Hub, Interrupted, reason
+from nimhost.host.weights.ngc import open_registry
+from nimhost.host.weights.wire import Limits, Repo
 
 ANSWER_S = 3.0
 """How long the hub may take to confirm a repository that is to be stored."""
@@ -142,7 +144,7 @@ class HubFiles:
         return await in_thread(_tree, hub)
 
     def _hub(self, repo: Repo, token: str | None, limits: Limits) -> Hub:
-        return Hub(repo.endpoint or self._endpoint, token, limits, repo)
+        return open_registry(repo, self._endpoint, token, limits)
 
 
 def _tree(hub: Hub) -> tuple[str, list[HubFile]]:

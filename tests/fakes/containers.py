@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,9 @@ from nimhost.errors import (
     NimhostError,
     RegistryUnavailable,
 )
-from nimhost.host.containers import Container, ContainerEvent, EngineFacts, Image, PullProgress
+from nimhost.host.containers import Container, ContainerEvent, EngineFacts, Image, Launch, PullProgress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -137,10 +140,10 @@ class FakeContainers:
     async def facts(self) -> EngineFacts:
         await self._call("facts")
         return EngineFacts(
-            version="0.0.fake", api_version="1.41", root_dir="/", architecture="x86_64", nvidia_runtime=None
+            version="0.0.fake", api_version="1.41", root_dir="/", architecture="amd64", nvidia_runtime=None
         )
 
-    async def hands_out_gpus(self) -> bool:
+    async def hands_out_gpus(self, owner: str = "") -> bool:
         await self._call("hands_out_gpus")
         return self.gpu_runtime
 
@@ -186,21 +189,12 @@ class FakeContainers:
                 raise RegistryUnavailable(f"Image {name}: no progress for {quiet_s:.0f} s", "Check the connection")
         await asyncio.sleep(0)
 
-    async def create(
-        self,
-        spec: ContainerSpec,
-        *,
-        name: str,
-        image_id: str | None = None,
-        env: Mapping[str, str] = {},
-        labels: Mapping[str, str] = {},
-        gpu_ids: tuple[str, ...] = (),
-        ulimits: Mapping[str, int] = {},
-    ) -> str:
+    async def create(self, launch: Launch) -> str:
         await self._call("create")
+        spec, name = launch.spec, launch.name
         if self.create_error:
             raise self.create_error
-        image = image_id or spec.image
+        image = launch.image_id or spec.image
         if self._image(image) is None:
             raise ImageNotFound(f"Image {image}: No such image: {image}")
         if any(name == other.seen.name for other in self.containers.values()):
@@ -209,9 +203,10 @@ class FakeContainers:
             if not Path(mount.source).exists():
                 raise DockerError(f"Docker: bind source path does not exist: {mount.source}", "Create it")
         seen = Container(
-            id=f"{next(self._ids):064x}", name=name, image=image, labels=dict(labels), state="created", gpu_ids=gpu_ids
-        )
-        self.containers[seen.id] = FakeContainer(seen, spec, {**spec.env, **env}, dict(ulimits))
+            id=f"{next(self._ids):064x}", name=name, image=image, labels=launch.labels, state="created",
+            gpu_ids=launch.gpu_ids, mounts=tuple(mount.source for mount in spec.mounts),
+        )  # fmt: skip
+        self.containers[seen.id] = FakeContainer(seen, spec, {**spec.env, **launch.env}, launch.ulimits)
         self._emit("create", self.containers[seen.id])
         return seen.id
 
@@ -239,31 +234,17 @@ class FakeContainers:
         for limit in container.ulimits.keys() & self.refused_limits:
             raise DockerError(f"Docker: error setting rlimit type {limit}: operation not permitted")
 
-    async def run(
-        self,
-        spec: ContainerSpec,
-        *,
-        name: str,
-        image_id: str | None = None,
-        env: Mapping[str, str] = {},
-        labels: Mapping[str, str] = {},
-        gpu_ids: tuple[str, ...] = (),
-        ulimits: Mapping[str, int] = {},
-        on_warning: Callable[[str], None] | None = None,
-    ) -> Container:
-        refused = ulimits.keys() & self.refused_limits
-        allowed = {name: value for name, value in ulimits.items() if name not in refused}
-        container_id = await self.create(
-            spec, name=name, image_id=image_id, env=env, labels=labels, gpu_ids=gpu_ids, ulimits=allowed
-        )
+    async def run(self, launch: Launch) -> Container:
+        refused = launch.ulimits.keys() & self.refused_limits
+        allowed = {name: value for name, value in launch.ulimits.items() if name not in refused}
+        container_id = await self.create(replace(launch, ulimits=allowed))
         try:
             started = await self.start(container_id)
         except BaseException:
             await self._remove(container_id)
             raise
         for limit in sorted(refused):
-            if on_warning:
-                on_warning(f"this machine refuses the limit {limit}={ulimits[limit]}: started without it")
+            log.warning("this machine refuses the limit %s=%s: started without it", limit, launch.ulimits[limit])
         return started
 
     async def stop(self, container_id: str, timeout_s: int) -> None:
@@ -334,7 +315,7 @@ class FakeContainers:
         return self.containers[container_id]
 
     def _tail(self, container: FakeContainer, lines: int) -> list[bytes]:
-        return b"".join(container.log).splitlines(keepends=True)[-lines:] if lines else []
+        return b"".join(container.log).splitlines(keepends=True)[-lines if lines > 0 else 0 :] if lines else []
 
     async def _stop(self, container: FakeContainer, code: int) -> None:
         if not container.running:

@@ -141,16 +141,25 @@ class FakeEngine:
         root: str | None = None,
         lora: bool = True,
         check_lora_paths: bool = False,
+        max_lora_rank: int = 16,
+        peft_source: str | None = None,
+        peft_refresh_s: float = 30,
+        mounts: dict[str, str] | None = None,
         exit: Callable[[int], None] | None = None,
     ) -> None:
         self.served, self.tag, self.host, self.port = served, tag, host, port
         self.root = root or served[0]
-        self.lora, self.check_lora_paths = lora, check_lora_paths
+        self.lora, self.check_lora_paths, self.max_lora_rank = lora, check_lora_paths, max_lora_rank
+        self.peft_source, self.peft_refresh_s = peft_source, peft_refresh_s
+        """As a NIM: adapters are the directories in there, looked for no more often than this."""
+        self.mounts = mounts or {}
+        """Path in the container -> where that is for this process, when it runs in none."""
         self.requests: collections.deque[Received] = collections.deque(maxlen=1000)
         self.scripted: dict[str, Callable[[Received], Reply]] = {}
         """Path -> what a test wants to be answered there, faults apart."""
         self.adapters: dict[str, str] = {}
         """Loaded adapters: name -> path."""
+        self._looked_at = -float("inf")
         self.served_requests = 0
         self.open_streams = 0
         self.pieces_sent = 0
@@ -307,8 +316,13 @@ class FakeEngine:
     # --- routes
 
     def models(self, _: Received) -> Reply:
+        self._look_for_adapters()
         base = [self._card(name, None, self.root) for name in self.served]
-        loaded = [self._card(name, self.served[0], path) for name, path in self.adapters.items()]
+        nim = self.peft_source is not None  # which lists adapters like models
+        loaded = [
+            self._card(name, None if nim else self.served[0], self.root if nim else path)
+            for name, path in self.adapters.items()
+        ]
         return Reply(200, {"object": "list", "data": [] if self.faults.hide_models else base + loaded})
 
     def _card(self, name: str, parent: str | None, root: str) -> dict[str, Any]:
@@ -403,8 +417,16 @@ class FakeEngine:
             return Reply(400, _error("Both 'lora_name' and 'lora_path' must be provided.", 400))
         if name in self.adapters and not body.get("load_inplace"):
             return Reply(400, _error(f"The lora adapter '{name}' has already been loaded.", 400))
-        if self.check_lora_paths and not os.path.isfile(os.path.join(path, "adapter_config.json")):
-            return Reply(404, _error(f"Loading lora {name} failed: No adapter found for {path}", 404, "NotFoundError"))
+        if name in self.served:
+            return Reply(400, _error(f"The lora adapter '{name}' conflicts with a served base model.", 400))
+        if self.check_lora_paths:
+            rank = self._rank_in(path)
+            if rank is None:
+                message = f"Loading lora {name} failed: No adapter found for {path}"
+                return Reply(404, _error(message, 404, "NotFoundError"))
+            if rank > self.max_lora_rank:
+                message = f"LoRA rank {rank} is greater than max_lora_rank {self.max_lora_rank}."
+                return Reply(500, _error(message, 500, "InternalServerError"))
         self.adapters[name] = path
         return Reply(200, f"Success: LoRA adapter '{name}' added successfully.".encode())
 
@@ -415,6 +437,28 @@ class FakeEngine:
         if self.adapters.pop(name, None) is None:
             return Reply(404, _error(f"The lora adapter '{name}' cannot be found.", 404, "NotFoundError"))
         return Reply(200, f"Success: LoRA adapter '{name}' removed successfully.".encode())
+
+    def _place(self, path: str) -> str:
+        for inside, outside in self.mounts.items():
+            if path == inside or path.startswith(f"{inside}/"):
+                return outside + path[len(inside) :]
+        return path
+
+    def _rank_in(self, path: str) -> int | None:
+        """None when there is no adapter."""
+        try:
+            with open(os.path.join(self._place(path), "adapter_config.json")) as file:
+                return int(json.load(file).get("r", 8))
+        except OSError:
+            return None
+
+    def _look_for_adapters(self) -> None:
+        if self.peft_source is None or time.monotonic() - self._looked_at < self.peft_refresh_s:
+            return
+        self._looked_at, root = time.monotonic(), self._place(self.peft_source)
+        paths = {name: f"{self.peft_source}/{name}" for name in sorted(os.listdir(root))}
+        found = {name: path for name, path in paths.items() if self._rank_in(path) is not None}
+        self.adapters = {name: self.adapters.get(name, path) for name, path in found.items()}
 
     def _adapter_refusal(self) -> Reply | None:
         if self.faults.lora_status:
@@ -445,6 +489,10 @@ class FakeEngine:
         if not isinstance(body, dict):
             return {}, Reply(400, _error("Input should be a valid dictionary", 400))
         model = body.get("model")
+        self._look_for_adapters()
+        if model in self.adapters and self.check_lora_paths and self._rank_in(self.adapters[model]) is None:
+            self.die(0)  # a real vLLM does, once it has to read the files again
+            raise ConnectionAbortedError
         if (model is None and not model_needed) or model in self.served or model in self.adapters:
             return body, None
         return {}, Reply(404, _error(f"The model `{model}` does not exist.", 404, "NotFoundError"))
@@ -667,6 +715,9 @@ def _from_command_line(args: list[str], env: dict[str, str]) -> FakeEngine:
         root=root,
         lora="--enable-lora" in args and env.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").lower() in ("1", "true"),
         check_lora_paths=True,
+        max_lora_rank=int((_option(args, "--max-lora-rank") or ["16"])[-1]),
+        peft_source=env.get("NIM_PEFT_SOURCE"),
+        peft_refresh_s=float(env.get("NIM_PEFT_REFRESH_INTERVAL", "30")),
         exit=os._exit,
     )
 

@@ -118,11 +118,15 @@ class FakeHub:
         """Paths on the other host that were asked for with a token."""
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        self._server = _Server(("127.0.0.1", port), self)
+        self._server = _Server(("127.0.0.1", port), self, self.handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.cdn = f"http://localhost:{self._server.server_port}/cdn"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
+
+    def handler(self) -> type[Handler]:
+        """What answers its requests."""
+        return Handler
 
     def add(self, repo_id: str, files: dict[str, bytes], *, xet_only: tuple[str, ...] = (), **rest: Any) -> FakeRepo:
         """Publish a repository (or a new commit of it)."""
@@ -171,8 +175,8 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = False
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], hub: FakeHub) -> None:
-        super().__init__(address, _Handler)
+    def __init__(self, address: tuple[str, int], hub: FakeHub, handler: type[Handler]) -> None:
+        super().__init__(address, handler)
         self.hub = hub
         self._open: set[socket.socket] = set()
 
@@ -195,7 +199,7 @@ class _Server(ThreadingHTTPServer):
         pass  # clients of ours are killed in the middle of things: not worth a traceback
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
 
@@ -230,9 +234,13 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._reply(307, b"", {"Location": self.path.replace(old, new)})
         if path.startswith("/cdn/"):
             return self._cdn(path.removeprefix("/cdn/"))
+        return self.answer(path, parse_qs(url.query))
+
+    def answer(self, path: str, query: dict[str, list[str]]) -> None:
+        """A request that nothing has gone wrong with."""
         if match := re.fullmatch(r"/api/models/(.+?)/(revision|tree)/(.+)", path):
             # The revision is one quoted path segment on the wire: `refs%2Fpr%2F1`.
-            return self._api(match[1], match[2], match[3], parse_qs(url.query))
+            return self._api(match[1], match[2], match[3], query)
         if match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             return self._resolve(match[1], match[2], match[3])
         return self._refuse(404, "RepoNotFound", "Repository not found")
@@ -333,7 +341,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.served.append(record)
         content = file.content
         if file.lfs and self.hub.use("corrupt"):
-            content = bytes([content[0] ^ 1]) + content[1:] if start == 0 else content[:-1] + bytes([content[-1] ^ 1])
+            content = content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :]
         size = end - start
         stop_at = faults.drop_after_bytes if size > faults.drop_after_bytes and self.hub.use("drops") else None
         stall_at = faults.stall_after_bytes if size > faults.stall_after_bytes and self.hub.use("stalls") else None

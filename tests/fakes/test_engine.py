@@ -111,6 +111,43 @@ def test_adapters_as_vllm_has_them(tmp_path: Path) -> None:
         assert adapter_status(port_of(process), "load", load) == 404
 
 
+def test_adapters_that_vllm_refuses(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 32}')
+    load = {"lora_name": "ws--x", "lora_path": str(tmp_path)}
+    enabled = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    for rank, status in (("16", 500), ("32", 200)):
+        with program("m", "--port", "0", "--enable-lora", "--max-lora-rank", rank, **enabled) as process:
+            port = port_of(process)
+            assert adapter_status(port, "load", load) == status
+            assert adapter_status(port, "load", {**load, "lora_name": "m"}) == 400
+
+
+def test_an_adapter_whose_files_are_gone_takes_the_engine_along(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with program("m", "--port", "0", "--enable-lora", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as process:
+        port = port_of(process)
+        assert adapter_status(port, "load", {"lora_name": "ws--x", "lora_path": str(tmp_path)}) == 200
+        (tmp_path / "adapter_config.json").unlink()
+        with pytest.raises(OSError):
+            ask(port, "/v1/completions", {"model": "ws--x", "prompt": "Hello!"})
+        assert process.wait(5) == 0
+
+
+def test_adapters_as_a_nim_finds_them(tmp_path: Path) -> None:
+    """It lists them like models, and looks anew after its interval only."""
+    (tmp_path / "ws--x").mkdir()
+    (tmp_path / "ws--x" / "adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for interval, names in (("60", ["m", "ws--x"]), ("0", ["m"])):
+        with program("m", "--port", "0", NIM_PEFT_SOURCE=str(tmp_path), NIM_PEFT_REFRESH_INTERVAL=interval) as process:
+            port = port_of(process)
+            listed = ask(port, "/v1/models")[1]["data"]
+            assert [(model["id"], model["parent"]) for model in listed] == [("m", None), ("ws--x", None)]
+            (tmp_path / "ws--x" / "adapter_config.json").rename(tmp_path / "kept")
+            assert [model["id"] for model in ask(port, "/v1/models")[1]["data"]] == names
+            (tmp_path / "kept").rename(tmp_path / "ws--x" / "adapter_config.json")
+
+
 def adapter_status(port: int, verb: str, body: dict[str, Any]) -> int:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/{verb}_lora_adapter", json.dumps(body).encode())
     try:

@@ -18,7 +18,7 @@ import pytest
 
 from nimhost.engines.spec import ContainerSpec, Mount, Probe
 from nimhost.errors import DockerError, DockerUnavailable, ImageNotFound, NameTaken, RegistryUnavailable
-from nimhost.host.containers import Container, ContainerEvent, Containers, DockerContainers, PullProgress
+from nimhost.host.containers import Container, ContainerEvent, Containers, DockerContainers, Launch, PullProgress
 from tests.fakes.containers import FakeContainer, FakeContainers
 from tests.host import docker_world
 from tests.support import eventually
@@ -42,7 +42,8 @@ class World:
         return ContainerSpec(image=self.image, args=args, probe=Probe("/"), **more)  # type: ignore[arg-type]
 
     async def run(self, *args: str, name: str = docker_world.NAME, **more: object) -> Container:
-        return await self.containers.run(self.spec(*args), name=name, labels=LABELS, **more)  # type: ignore[arg-type]
+        launch = Launch(spec=self.spec(*args), name=name, labels=LABELS, **more)  # type: ignore[arg-type]
+        return await self.containers.run(launch)
 
     async def ours(self) -> list[Container]:
         return [c for c in await self.containers.list() if c.labels.items() >= LABELS.items()]
@@ -173,6 +174,7 @@ async def test_engine_says_what_it_is(world: World) -> None:
     assert facts.version
     assert facts.api_version.startswith("1.")
     assert Path(facts.root_dir).is_absolute()
+    assert facts.architecture in ("amd64", "arm64")  # the words that images use, too
 
 
 async def test_gpu_support_is_found_out_without_an_image(world: World) -> None:
@@ -294,7 +296,7 @@ async def test_an_absent_image_is_refused(world: World) -> None:
     spec = ContainerSpec(image="nimhost-test/never-made:1", probe=Probe("/"))
 
     with pytest.raises(ImageNotFound, match="never-made"):
-        await world.containers.run(spec, name=docker_world.NAME, labels=LABELS)
+        await world.containers.run(Launch(spec=spec, name=docker_world.NAME, labels=LABELS))
     assert not await world.ours()
 
 
@@ -303,7 +305,7 @@ async def test_a_missing_mount_source_is_named_and_not_made(world: World, tmp_pa
     spec = world.spec("quiet", mounts=(Mount(str(source), "/model-store"),))
 
     with pytest.raises(DockerError, match="absent"):
-        await world.containers.run(spec, name=docker_world.NAME, labels=LABELS)
+        await world.containers.run(Launch(spec=spec, name=docker_world.NAME, labels=LABELS))
     assert not source.exists()
     assert not await world.ours()
 
@@ -314,7 +316,7 @@ async def test_start_that_fails_shows_its_error_and_leaves_nothing(world: World)
 
     for _ in range(2):  # the second one would report 409 if the first had left its container
         with pytest.raises(DockerError, match="unable to find user") as caught:
-            await world.containers.run(spec, name=docker_world.NAME, labels=LABELS)
+            await world.containers.run(Launch(spec=spec, name=docker_world.NAME, labels=LABELS))
         assert not isinstance(caught.value, NameTaken)
     assert not await world.ours()
 
@@ -504,14 +506,15 @@ async def test_pull_that_hangs_before_the_first_byte_can_be_cancelled_at_once(wo
 
 
 @pytest.mark.fault(13)
-async def test_limits_that_the_machine_refuses_are_dropped_with_a_warning(world: World) -> None:
+async def test_limits_that_the_machine_refuses_are_dropped_with_a_warning(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     if isinstance(world.containers, FakeContainers):
         world.containers.refused_limits = {"nofile"}
-    warnings: list[str] = []
     # No machine allows more open files than the kernel's ceiling.
     limits = {"nofile": 2**31 - 1, "stack": 67_108_864}
-    container = await world.run("quiet", ulimits=limits, on_warning=warnings.append)
+    container = await world.run("quiet", ulimits=limits)
 
     assert container.state == "running"
-    assert len(warnings) == 1
-    assert "nofile" in warnings[0]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "nofile" in warning

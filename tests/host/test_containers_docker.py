@@ -16,7 +16,8 @@ import pytest
 
 from nimhost.engines.spec import ContainerSpec, Mount, Probe
 from nimhost.errors import DockerUnavailable, GpuRuntimeMissing, NimhostError, RegistryDenied, RegistryUnavailable
-from nimhost.host.containers import GPU_ULIMITS, ContainerEvent, DockerContainers, PullProgress
+from nimhost.host.containers import GPU_ULIMITS, ContainerEvent, DockerContainers, Launch, PullProgress
+from nimhost.host.docker_requests import probe_labels
 from tests.host import docker_world
 from tests.support import eventually
 
@@ -70,13 +71,16 @@ async def test_engine_has_been_told_all_that_protects(
 ) -> None:
     wanted = spec("quiet", mounts=(Mount(str(tmp_path), "/model-store"),), shm_bytes=123_456_789, user="1000:1000")
     gpus = ("GPU-11111111-aaaa", "GPU-22222222-bbbb")
-    container = await containers.run(wanted, name=docker_world.NAME, labels=LABELS, gpu_ids=gpus, env={"A": "1"})
+    container = await containers.run(
+        Launch(spec=wanted, name=docker_world.NAME, labels=LABELS, gpu_ids=gpus, env={"A": "1"})
+    )
 
     found = client.inspect_container(container.id)
     settings = found["HostConfig"]
     assert [request["DeviceIDs"] for request in settings["DeviceRequests"]] == [list(gpus)]
     assert found["NetworkSettings"]["Ports"] == {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(container.port)}]}
     assert [(m["Destination"], m["RW"]) for m in found["Mounts"]] == [("/model-store", False)]
+    assert container.mounts == (str(tmp_path),)
     assert settings["ShmSize"] == 123_456_789
     assert settings["RestartPolicy"]["Name"] == "no"
     assert settings["Init"] is True
@@ -88,13 +92,14 @@ async def test_engine_has_been_told_all_that_protects(
 
 
 @pytest.mark.fault(13)
-async def test_gpu_limits_are_given_or_dropped_but_never_fatal(containers: DockerContainers) -> None:
-    warnings: list[str] = []
-    container = await containers.run(
-        spec("quiet"), name=docker_world.NAME, labels=LABELS, ulimits=GPU_ULIMITS, on_warning=warnings.append
-    )
+async def test_gpu_limits_are_given_or_dropped_but_never_fatal(
+    containers: DockerContainers, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = dict(GPU_ULIMITS)
+    container = await containers.run(Launch(spec=spec("quiet"), name=docker_world.NAME, labels=LABELS, ulimits=limits))
 
     assert container.state == "running"
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert all("memlock" in warning or "stack" in warning for warning in warnings)
 
 
@@ -108,8 +113,8 @@ async def test_quiet_listing_looks_only_at_what_changed(
         looked_at.append(container)
         return inspect(client, container)
 
-    first = await containers.run(spec("serve"), name=f"{docker_world.NAME}-1", labels=LABELS)
-    second = await containers.run(spec("serve"), name=f"{docker_world.NAME}-2", labels=LABELS)
+    first = await containers.run(Launch(spec=spec("serve"), name=f"{docker_world.NAME}-1", labels=LABELS))
+    second = await containers.run(Launch(spec=spec("serve"), name=f"{docker_world.NAME}-2", labels=LABELS))
     await containers.list()
     monkeypatch.setattr(docker.APIClient, "inspect_container", counting)
 
@@ -247,6 +252,18 @@ async def test_registry_that_is_not_there_may_come_back(containers: DockerContai
     assert not caught.value.final
 
 
+@pytest.mark.fault(4)
+async def test_a_probe_that_a_killed_daemon_left_is_removed_by_its_own_next_one(
+    containers: DockerContainers, client: docker.APIClient
+) -> None:
+    left = [
+        client.create_container(docker_world.IMAGE, labels={**LABELS, **probe_labels(owner)})["Id"]
+        for owner in ("mine", "another's")
+    ]
+    assert await containers.hands_out_gpus("mine") is True
+    assert [c["Id"] for c in client.containers(all=True, filters={"label": "io.nimhost.probe"})] == left[1:]
+
+
 # --- an engine that goes away --------------------------------------------------------------------------------------
 
 
@@ -275,7 +292,7 @@ async def test_restarted_engine_is_found_again_by_the_same_object(second: Path) 
     try:
         assert await containers.hands_out_gpus() is False
         with pytest.raises(GpuRuntimeMissing):
-            await containers.run(spec("quiet"), name=docker_world.NAME, gpu_ids=("GPU-1",))
+            await containers.run(Launch(spec=spec("quiet"), name=docker_world.NAME, gpu_ids=("GPU-1",)))
         assert await containers.list() == ()
 
         watching = asyncio.create_task(watch())
@@ -291,7 +308,7 @@ async def test_restarted_engine_is_found_again_by_the_same_object(second: Path) 
         seen.clear()
         watching = asyncio.create_task(watch())
         await eventually(lambda: seen and seen[0].action == "connected")
-        container = await containers.run(spec("quiet"), name=docker_world.NAME)
+        container = await containers.run(Launch(spec=spec("quiet"), name=docker_world.NAME))
         await eventually(lambda: [event for event in seen if event.action == "start"])
         await containers.remove(container.id)
         watching.cancel()

@@ -8,6 +8,7 @@ import pytest
 
 from nimhost.engines.spec import ContainerSpec, Mount, Probe
 from nimhost.host import docker_replies as replies
+from nimhost.host.container import Launch
 from nimhost.host.docker_pull import Pull
 from nimhost.host.docker_requests import container_body, refused_limits
 
@@ -183,7 +184,12 @@ def test_container_is_hardened_and_published_on_loopback_only() -> None:
         image="some/image:1", args=("--x",), env={"A": "1", "B": "1"}, mounts=(Mount("/src", "/dst"),),
         probe=Probe("/"), shm_bytes=16, user="1000:1000",
     )  # fmt: skip
-    body = container_body(spec, "sha256:77", {"B": "2"}, {"l": "m"}, ("GPU-a",), {"memlock": -1})
+    body = container_body(
+        Launch(
+            spec=spec, name="n", image_id="sha256:77", env={"B": "2"}, labels={"l": "m"}, gpu_ids=("GPU-a",),
+            ulimits={"memlock": -1},
+        )
+    )  # fmt: skip
     host = body["HostConfig"]
 
     assert body["Image"] == "sha256:77"
@@ -202,7 +208,7 @@ def test_container_is_hardened_and_published_on_loopback_only() -> None:
 
 
 def test_container_without_gpus_asks_for_none() -> None:
-    body = container_body(ContainerSpec(image="x", probe=Probe("/")), None, {}, {}, (), {})
+    body = container_body(Launch(spec=ContainerSpec(image="x", probe=Probe("/")), name="n"))
 
     assert body["Image"] == "x"
     assert body["HostConfig"]["DeviceRequests"] == []

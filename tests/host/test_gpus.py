@@ -303,6 +303,11 @@ async def test_simulated_gpus_have_lasting_uuids() -> None:
     assert (first.driver, first.cuda) == (None, None)
 
 
+def test_simulated_gpus_cannot_be_one_and_the_same() -> None:
+    with pytest.raises(ConfigError, match="two GPUs have the uuid GPU-1"):
+        SimulatedGpus([{"name": "x", "memory_gib": 1, "uuid": "GPU-1"}] * 2)
+
+
 async def test_simulated_gpu_shows_what_the_settings_say() -> None:
     process = {"pid": 7, "name": "python", "user": "ada", "used_gib": 2}
     settings = {

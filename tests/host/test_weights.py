@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 
 from nimhost.errors import WeightsGated, WeightsMissing
 from nimhost.host.weights import Limits, Repo, Weights, WeightsProgress, cache_dir_from
+from nimhost.host.weights.cache import RepoCache
 from tests.fakes.hub import FakeHub
 from tests.support import eventually
 
@@ -39,11 +41,6 @@ def hub() -> Iterator[FakeHub]:
         yield fake
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "hub"
-
-
 def nobody(_: WeightsProgress) -> None:
     pass
 
@@ -55,7 +52,7 @@ def content(root: str | Path) -> dict[str, bytes]:
 def children() -> list[int]:
     """The download processes of this one."""
     own = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in own if b"weights_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in own if b"weights.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 async def test_fetched_weights_are_whole_and_chosen(hub: FakeHub, cache: Path) -> None:
@@ -328,3 +325,19 @@ def test_cache_is_where_other_tools_look(env: dict[str, str], path: str) -> None
     program = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
     theirs = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert theirs.stdout.strip() == path
+
+
+async def test_the_disk_is_never_looked_at_on_the_event_loop(
+    hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, seen = threading.get_ident(), set[int]()
+    find = RepoCache.find
+
+    def noting(self: RepoCache, **how: bool) -> object:
+        seen.add(threading.get_ident())
+        return find(self, **how)
+
+    monkeypatch.setattr(RepoCache, "find", noting)
+    await Weights(cache, hub.url, False, QUICK).fetch(TINY, None, nobody)
+    assert seen
+    assert own not in seen

@@ -9,10 +9,10 @@ import pytest
 
 from nimhost.errors import BadRequest, WeightsMissing
 from nimhost.host.weights import Repo, Weights
-from nimhost.host.weights_cache import RepoCache, is_safe_path, looks_complete
-from nimhost.host.weights_choice import HubFile
-from nimhost.host.weights_source import Directory
-from nimhost.host.weights_spec import describe_weights
+from nimhost.host.weights.cache import RepoCache, is_safe_path, looks_complete
+from nimhost.host.weights.choice import HubFile
+from nimhost.host.weights.source import Directory
+from nimhost.host.weights.spec import describe_weights
 
 COMMIT = "a" * 40
 TINY = Repo("org/tiny")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nimhost.host.weights_choice import HubFile, choose_files
+from nimhost.host.weights.choice import HubFile, choose_files
 
 CASES: dict[str, tuple[str, str]] = {
     "safetensors beside everything else (as gpt2 has it)": (

@@ -18,12 +18,17 @@ from pathlib import Path
 import pytest
 
 from nimhost.errors import DiskFull, HostError, HubUnavailable, WeightsCorrupt, WeightsGated
-from nimhost.host import weights_child, weights_transfer
 from nimhost.host.weights import Limits, Repo, Weights, WeightsProgress
-from nimhost.host.weights_cache import PARTIAL, RepoCache
-from nimhost.host.weights_choice import HubFile
-from nimhost.host.weights_transfer import Meter, reserved_space
-from nimhost.host.weights_wire import Job
+from nimhost.host.weights import child as weights_child
+from nimhost.host.weights import disk as weights_disk
+from nimhost.host.weights import locks as weights_locks
+from nimhost.host.weights import meter as weights_meter
+from nimhost.host.weights import parts as weights_parts
+from nimhost.host.weights.cache import PARTIAL, RepoCache
+from nimhost.host.weights.choice import HubFile
+from nimhost.host.weights.disk import reserved_space
+from nimhost.host.weights.meter import Meter
+from nimhost.host.weights.wire import Job
 from tests.fakes.hub import FakeHub
 from tests.host.test_weights import children
 from tests.support import eventually, wait_until
@@ -44,11 +49,6 @@ def hub() -> Iterator[FakeHub]:
     with FakeHub() as fake:
         fake.add("org/big", FILES)
         yield fake
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "hub"
 
 
 class News:
@@ -173,7 +173,7 @@ async def test_download_that_stalls_for_good_gives_up(hub: FakeHub, cache: Path)
 
 def test_silence_is_reported_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(weights_transfer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(weights_meter.time, "monotonic", lambda: now[0])
     meter = Meter(1000)
     meter.receive(500)
     assert meter.read().message == ""
@@ -185,7 +185,7 @@ def test_silence_is_reported_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rate_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(weights_transfer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(weights_meter.time, "monotonic", lambda: now[0])
     meter = Meter(10_000)
     meter.have(4000)
     for _ in range(20):
@@ -312,7 +312,7 @@ async def test_lock_of_another_tool_is_waited_for_and_falls_with_its_holder(hub:
 def test_lock_whose_holder_does_nothing_is_overruled(
     hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_transfer, "STALE_S", 0.5)
+    monkeypatch.setattr(weights_locks, "STALE_S", 0.5)
     digest = hub.repos["org/big"].files[SHARD].sha256
     with hold_lock(cache, digest) as holder:
         weights_child.download(Job(BIG, hub.url, str(cache), None, QUICK))
@@ -354,8 +354,8 @@ async def test_left_over_lock_files_hold_nothing_up(hub: FakeHub, cache: Path) -
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
-    usage = weights_transfer.shutil._ntuple_diskusage(free_bytes, 0, free_bytes)  # type: ignore[attr-defined]
-    monkeypatch.setattr(weights_transfer.shutil, "disk_usage", lambda _: usage)
+    usage = weights_disk.shutil._ntuple_diskusage(free_bytes, 0, free_bytes)  # type: ignore[attr-defined]
+    monkeypatch.setattr(weights_disk.shutil, "disk_usage", lambda _: usage)
 
 
 def files_of(size_bytes: int) -> list[HubFile]:
@@ -407,17 +407,17 @@ def test_only_what_is_still_to_come_needs_space(hub: FakeHub, cache: Path, monke
 def test_disk_that_fills_up_is_named_and_what_came_is_kept(
     hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written, write = [0], os.write
+    written, write = [0], os.pwrite
 
-    def until_full(fd: int, data: bytes) -> int:
+    def until_full(fd: int, data: bytes, offset: int) -> int:
         if written[0] > 3 * MIB and len(data) > 1000:
             raise OSError(errno.ENOSPC, "No space left on device")
         written[0] += len(data)
-        return write(fd, data)
+        return write(fd, data, offset)
 
     job = Job(BIG, hub.url, str(cache), None, QUICK)
     with monkeypatch.context() as patch:
-        patch.setattr(weights_transfer.os, "write", until_full)
+        patch.setattr(weights_parts.os, "pwrite", until_full)
         with pytest.raises(OSError, match="No space left") as full:
             weights_child.download(job)
     error = weights_child._of_the_disk(full.value, cache)
@@ -427,18 +427,6 @@ def test_disk_that_fills_up_is_named_and_what_came_is_kept(
     hub.forget()
     weights_child.download(job)
     assert hub.sent_bytes() <= SIZE - 3 * MIB + MIB
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 16 MiB. Mounting takes root, which the tests of tiers 3 and 4 need anyway."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.fault(17)

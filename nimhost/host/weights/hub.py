@@ -20,12 +20,19 @@ from urllib.parse import quote, urlsplit
 
 from nimhost import __version__
 from nimhost.errors import HostError, HubUnavailable, NimhostError, WeightsGated, WeightsMissing
-from nimhost.host.weights_choice import HubFile
-from nimhost.host.weights_wire import Limits, Repo
+from nimhost.host.weights.choice import HubFile
+from nimhost.host.weights.wire import Limits, Repo
 
 NETWORK = (OSError, http.client.HTTPException)
 BUSY = (408, 429, 500, 502, 503, 504)
 _MAX_PAUSE_S = 30.0
+LISTING_BYTES = 64 << 20
+"""Of one reply about a repository: a page of names."""
+MOST_FILES = 500_000
+_PATIENT_S = 120.0
+"""So long one such reply may take: a byte now and then would keep a connection for ever."""
+_TEXT = 500
+"""What a hub says goes into messages, no matter how much it is."""
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 Say = Callable[[str], None]
@@ -57,7 +64,7 @@ class Patience:
         if self._failures >= limits.tries or (asked or 0) > limits.patience_s:
             raise HubUnavailable(
                 f"{self._hub.endpoint}: {failure}, {self._failures} times in a row",
-                "It is tried again by itself. For another hub or a mirror: [weights] endpoint in nimhost.toml.",
+                "Try again later: what came is kept. For another hub or a mirror: [weights] endpoint in nimhost.toml.",
                 asked,
             )
         pause_s = min(limits.backoff_s * 2 ** (self._failures - 1), _MAX_PAUSE_S) if asked is None else asked
@@ -79,6 +86,8 @@ class Hub:
         self._opener = urllib.request.build_opener(_Redirects(self._authorize))
         self._held_until = 0.0
         self._lock = threading.Lock()
+        self.slots = threading.Semaphore(limits.parallel)
+        """Whoever fetches bytes holds one."""
 
     def hold(self, pause_s: float) -> None:
         """No request, on any connection, for this long: the hub said so to one, it means all."""
@@ -114,12 +123,12 @@ class Hub:
         while True:
             try:
                 with self.open(url) as response:
-                    return json.loads(response.read()), response.headers
+                    return json.loads(_body(response)), response.headers
             except Interrupted as failure:
                 patience.wait(failure)
             except NETWORK as error:
                 patience.wait(Interrupted(reason(error, self.limits.stall_s)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise HubUnavailable(f"{self.endpoint} does not answer like a model hub: {error}") from error
 
     def commit(self, say: Say) -> str:
@@ -139,15 +148,23 @@ class Hub:
             entries, headers = self.json(url, say)
             try:
                 files += [_hub_file(entry) for entry in entries if entry["type"] == "file"]
-            except (KeyError, TypeError) as error:
-                raise HubUnavailable(f"{self.endpoint} does not answer like a model hub: {error!r}") from error
+            except (KeyError, TypeError, ValueError) as error:
+                raise HubUnavailable(f"{self.endpoint} does not answer like a model hub: {error!r}"[:_TEXT]) from error
             following = re.search(r'<([^>]+)>\s*;\s*rel="?next', headers.get("Link") or "")
             url = following.group(1) if following else ""
+            self.check_end(len(files), bool(entries) or not url)
         return files
 
+    def check_end(self, listed: int, moved: bool) -> None:
+        """After each page of a listing, which may not go on for ever. `moved`: the page brought something."""
+        if listed > MOST_FILES or not moved:
+            raise HostError(
+                f"the list of the files of {self.repo} at {self.endpoint} does not end ({listed} of them so far)",
+                f"Is {self.endpoint} a model hub? See [weights] endpoint, or the endpoint in the fileset.",
+            )
+
     def file_url(self, commit: str, path: str) -> str:
-        prefix = "" if self.repo.repo_type == "model" else f"{self.repo.repo_type}s/"
-        return f"{self.endpoint}/{prefix}{self.repo.repo_id}/resolve/{commit}/{quote(path)}"
+        return f"{self.endpoint}/{_folder(self.repo)}{self.repo.repo_id}/resolve/{commit}/{quote(path)}"
 
     def _api(self) -> str:
         return f"{self.endpoint}/api/{self.repo.repo_type}s/{self.repo.repo_id}"
@@ -163,7 +180,10 @@ class Hub:
             return Interrupted(f"{host} answers {error.code}", retry_after(error.headers))
         if _origin(error.url) != _origin(self.endpoint):
             return Interrupted(f"{host} answers {error.code}")  # a signed address ran out: the hub gives a new one
-        code, text = error.headers.get("X-Error-Code") or "", error.headers.get("X-Error-Message") or ""
+        return self._refused(error)
+
+    def _refused(self, error: urllib.error.HTTPError) -> NimhostError:
+        code, text = error.headers.get("X-Error-Code") or "", (error.headers.get("X-Error-Message") or "")[:_TEXT]
         return refusal(error.code, code, text, self.repo, self.endpoint, bool(self._token))
 
 
@@ -173,7 +193,7 @@ def refusal(status: int, code: str, text: str, repo: Repo, endpoint: str, has_to
     1 gated · 2 the token is not valid · 3 no such revision · 4 no such file · 5 no such repository, or a private one
     (the hub does not tell which) · 6 any other refusal of access · 7 the rest.
     """
-    page = f"{endpoint.rstrip('/')}/{repo.repo_id}"
+    page = f"{endpoint.rstrip('/')}/{_folder(repo)}{repo.repo_id}"
     if code == "GatedRepo":  # 1
         what = "the token has no access to it" if has_token else "it needs a token"
         return WeightsGated(f"{repo.repo_id} is gated: {what}", f"Accept its licence at {page}, then {_ALLOW}")
@@ -191,6 +211,10 @@ def refusal(status: int, code: str, text: str, repo: Repo, endpoint: str, has_to
     if status == 403:  # 6
         return WeightsGated(f"{endpoint} refuses {repo.repo_id}: {text or 'forbidden'}", f"See {page}; {_ALLOW}")
     return HostError(f"{endpoint} answers {status} for {repo.repo_id}: {text or code or 'no reason given'}")  # 7
+
+
+def _folder(repo: Repo) -> str:
+    return "" if repo.repo_type == "model" else f"{repo.repo_type}s/"
 
 
 _ALLOW = (
@@ -214,7 +238,22 @@ def reason(error: BaseException, stall_s: float) -> str:
         return f"no data for {stall_s:g} s"
     if isinstance(inner, OSError) and inner.strerror:
         return inner.strerror.lower()
-    return str(inner) or type(inner).__name__
+    return str(inner)[:_TEXT] or type(inner).__name__
+
+
+def _body(response: http.client.HTTPResponse) -> bytes:
+    """Raises ValueError for one without an end, TimeoutError for one that comes too slowly."""
+    until, pieces, size = time.monotonic() + _PATIENT_S, [], 0
+    while chunk := response.read1(1 << 16):
+        pieces.append(chunk)
+        size += len(chunk)
+        if size > LISTING_BYTES:
+            raise ValueError(f"more than {LISTING_BYTES >> 20} MiB of it")
+        if time.monotonic() > until:
+            raise TimeoutError
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+    return b"".join(pieces)
 
 
 def _hub_file(entry: dict[str, Any]) -> HubFile:

@@ -7,17 +7,25 @@ from pathlib import PurePosixPath
 
 from msgspec import Struct
 
+from nimhost.errors import WeightsMissing
+from nimhost.host.weights.wire import Choice, Repo
+
 
 class HubFile(Struct, frozen=True):
     """One file as the hub lists it. `digest` is the SHA-256 of an LFS file (64 digits), the git SHA-1 of others (40).
 
-    The digest is also the name of the file's blob in the cache.
+    The digest is also the name of the file's blob in the cache; where no hash is told it is only that.
     """
 
     path: str
     size_bytes: int
     digest: str
     xet: bool = False
+
+    @property
+    def hashed(self) -> bool:
+        """Whether its content can be verified."""
+        return len(self.digest) in (40, 64)
 
 
 SAFETENSORS = ("*.safetensors",)
@@ -59,6 +67,29 @@ def choose_files(tree: list[HubFile]) -> list[HubFile]:
 def wanted(tree: list[HubFile], repo_type: str) -> list[HubFile]:
     """What we fetch of a repository: a choice of a model's files, everything of a dataset."""
     return choose_files(tree) if repo_type == "model" else tree
+
+
+def pick_some(repo: Repo, files: list[HubFile], choice: Choice) -> list[HubFile]:
+    """Those of `files` that are chosen. A pattern is held against the whole path, `*` in it stands for slashes too, and
+    one that ends in `/` for all below it, as in Hugging Face's tools. Raises WeightsMissing when that is none."""
+
+    def among(path: str, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch(path, f"{p}*" if p.endswith("/") else p) for p in patterns)
+
+    allow, ignore = choice.allow, choice.ignore
+    picked = [f for f in files if (not allow or among(f.path, allow)) and not among(f.path, ignore)]
+    if not picked:
+        asked = [*(f"--allow {p}" for p in allow), *(f"--ignore {p}" for p in ignore)]
+        raise WeightsMissing(f"{repo} has no file left with {' '.join(asked)}", f"{_ITS_FILES}: {_few(files)}")
+    return picked
+
+
+_ITS_FILES = "Its files, without those that no engine reads"
+
+
+def _few(files: list[HubFile]) -> str:
+    names = [file.path for file in files]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def is_weights(path: str) -> bool:

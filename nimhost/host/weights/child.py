@@ -1,4 +1,4 @@
-"""The download process: `python -m nimhost.host.weights_child`, one job as a JSON line on stdin, news on stdout.
+"""The download process: `python -m nimhost.host.weights.child`, one job as a JSON line on stdin, news on stdout.
 
 A process, because a download must be stoppable at once: whoever started it kills it, and what was written stays for
 the next one to continue. It ends by itself when its stdin does, so it does not outlive a killed daemon.
@@ -10,27 +10,24 @@ import errno
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
 import msgspec
 
-from nimhost.errors import HostError, HubUnavailable, NimhostError, WeightsMissing
-from nimhost.host import weights_wire as wire
-from nimhost.host.weights_cache import RepoCache, is_safe_path, looks_complete
-from nimhost.host.weights_choice import HubFile, is_weights, wanted
-from nimhost.host.weights_hub import Hub
-from nimhost.host.weights_transfer import (
-    FileTransfer,
-    Meter,
-    NoPlainUrl,
-    disk_full,
-    keep_promise,
-    missing_bytes,
-    reserved_space,
-)
+from nimhost.errors import HostError, HubUnavailable, NimhostError, WeightsGated, WeightsMissing
+from nimhost.host.weights import wire
+from nimhost.host.weights.cache import RepoCache, is_safe_path, looks_complete
+from nimhost.host.weights.choice import HubFile, is_weights, pick_some, wanted
+from nimhost.host.weights.disk import disk_full, keep_promise, missing_bytes, reserved_space
+from nimhost.host.weights.hub import Hub
+from nimhost.host.weights.meter import Meter
+from nimhost.host.weights.ngc import open_registry
+from nimhost.host.weights.transfer import FileTransfer, NoPlainUrl
 
 _REPORT_S = 0.25
+_REFUSED_S = 2.0
+"""Who is refused one file is refused the others soon, too."""
 
 
 def main() -> None:
@@ -50,23 +47,26 @@ def main() -> None:
 def download(job: wire.Job) -> str:
     """Bring the job's snapshot into the cache and return its commit. Raises NimhostErrors and OSErrors of the disk."""
     cache = RepoCache(Path(job.cache_dir), job.repo)
-    cache.make_dirs()
     known = _usable_without_hub(cache)
     limits = msgspec.structs.replace(job.limits, tries=2) if known else job.limits
-    hub = Hub(job.endpoint, job.token, limits, job.repo)
+    hub = open_registry(job.repo, job.endpoint, job.token, limits)
     try:
         commit = hub.commit(_say)
-        files = _wanted(hub.tree(commit, _say), job.repo)
+        chosen = _wanted(hub.tree(commit, _say), job.repo)
     except HubUnavailable:
         if known is None:
             raise
         cache.write_manifest(known, cache.files_there(known), verified=False)
         return known
     hub.limits = job.limits
-    _fetch_all(job, hub, cache, commit, files)
-    cache.link(commit, files)
-    cache.write_ref(commit)
-    cache.write_manifest(commit, files, verified=True)
+    files = pick_some(job.repo, chosen, job.choice)
+    cache.make_dirs()
+    with reserved_space(cache, files) as promise:  # to the end: what no link leads to yet may be pruned without it
+        hashes = _fetch_all(job, hub, cache, commit, files, promise)
+        cache.link(commit, files)
+        cache.write_ref(commit)
+        if files == chosen:  # some of them are no complete snapshot, and must not look like one
+            cache.write_manifest(commit, files, verified=True, hashes=hashes)
     return commit
 
 
@@ -84,7 +84,10 @@ def _usable_without_hub(cache: RepoCache) -> str | None:
 def _wanted(tree: list[HubFile], repo: wire.Repo) -> list[HubFile]:
     unsafe = [file.path for file in tree if not is_safe_path(file.path)]
     if unsafe:
-        raise HostError(f"{repo} has a file that would lie outside of the cache: {unsafe[0]!r}")
+        raise HostError(
+            f"{repo} has a file that would lie outside of the cache: {unsafe[0][:200]!r}",
+            "Nothing of it was fetched. Whoever made that repository means no good, or made a mistake: use another.",
+        )
     files = wanted(tree, repo.repo_type)
     if repo.repo_type == "model" and not any(is_weights(file.path) for file in files):
         ggufs = sum(file.path.endswith(".gguf") for file in tree)
@@ -93,32 +96,43 @@ def _wanted(tree: list[HubFile], repo: wire.Repo) -> list[HubFile]:
     return files
 
 
-def _fetch_all(job: wire.Job, hub: Hub, cache: RepoCache, commit: str, files: list[HubFile]) -> None:
-    """All files, a few at a time, small ones first: they tell soonest that a repository is gated."""
+def _fetch_all(
+    job: wire.Job, hub: Hub, cache: RepoCache, commit: str, files: list[HubFile], promise: int
+) -> dict[str, str]:
+    """All files, a few at a time, small ones first: they tell soonest that a repository is gated.
+
+    `promise`: of `reserved_space`. Returns the hash of each, by digest.
+    """
     unique = sorted({file.digest: file for file in files}.values(), key=lambda file: file.size_bytes)
     meter = Meter(sum(file.size_bytes for file in unique))
     stop = threading.Event()
-    with reserved_space(cache, unique) as promise:
-        reporter = threading.Thread(target=_report, args=(meter, cache, unique, promise, stop), daemon=True)
-        reporter.start()
-        pool = ThreadPoolExecutor(job.limits.parallel)
-        try:
-            for done in as_completed([pool.submit(_fetch, job, hub, cache, commit, f, meter) for f in unique]):
-                done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            stop.set()
-            reporter.join()
-
-
-def _fetch(job: wire.Job, hub: Hub, cache: RepoCache, commit: str, file: HubFile, meter: Meter) -> None:
+    reporter = threading.Thread(target=_report, args=(meter, cache, unique, promise, stop), daemon=True)
+    reporter.start()
+    pool = ThreadPoolExecutor(job.limits.parallel)
     try:
-        FileTransfer(hub, cache, commit, file, meter).run()
+        working = {pool.submit(_fetch, job, hub, cache, commit, f, meter): f.digest for f in unique}
+        try:
+            return {working[done]: done.result() for done in as_completed(working)}
+        except (WeightsGated, WeightsMissing):
+            wait(working, _REFUSED_S)
+            cache.remove_empty_dirs()
+            raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        stop.set()
+        reporter.join()
+
+
+def _fetch(job: wire.Job, hub: Hub, cache: RepoCache, commit: str, file: HubFile, meter: Meter) -> str:
+    try:
+        return FileTransfer(hub, cache, commit, file, meter).run()
     except NoPlainUrl:
         meter.note(file.path, f"fetching {file.path} through Xet")
         _fetch_through_xet(job, commit, file)
+        cache.mark_fetched(file, cache.blob(file))
         meter.note(file.path)
         meter.have(file.size_bytes)
+        return file.digest
 
 
 def _fetch_through_xet(job: wire.Job, commit: str, file: HubFile) -> None:

@@ -7,9 +7,10 @@ import json
 
 from nimhost.entities import Json, ModelSpec
 from nimhost.errors import BadRequest
-from nimhost.host.weights_choice import HubFile, choose_files
-from nimhost.host.weights_source import Source
-from nimhost.models.checkpoint import Tensor, header_length, is_weights_dir, parse_safetensors_header, read_spec
+from nimhost.host.weights.choice import HubFile, choose_files
+from nimhost.host.weights.source import Source
+from nimhost.models.checkpoint import is_weights_dir, read_spec
+from nimhost.models.tensors import Tensor, header_length, parse_safetensors_header
 
 PARALLEL = 8
 FIRST_BYTES = 32 * 1024
@@ -91,7 +92,7 @@ async def _json(source: Source, root: str, name: str, there: set[str]) -> Json:
         return {}
     try:
         content = json.loads(await source.read(root + name, SMALL_FILE_BYTES))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"{name} of {source} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise BadRequest(f"{name} of {source} is not a JSON object")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 from msgspec import Struct
 
+LATEST = "latest"
+"""The revision of an NGC artifact that stands for its newest version."""
+
 
 class Repo(Struct, frozen=True):
-    """A repository at a revision (branch, tag or commit). `endpoint`: another hub than the configured one."""
+    """A repository at a revision (branch, tag or commit). `endpoint`: another hub than the configured one.
+
+    One of NGC is a model or a resource: `repo_id` is `org/team/name` (team `no-team`: none), `revision` its version.
+    """
 
     repo_id: str
     revision: str = "main"
@@ -16,8 +24,23 @@ class Repo(Struct, frozen=True):
     branch: str | None = None
     """Of a commit: what led to it. With the weights in the cache it leads there without the hub, too."""
 
+    registry: Literal["hub", "ngc"] = "hub"
+
     def __str__(self) -> str:
+        if self.registry == "ngc":
+            return f"ngc://{self.repo_id}:{self.revision}"
         return self.repo_id if self.revision == "main" else f"{self.repo_id}@{self.revision}"
+
+
+class Choice(Struct, frozen=True):
+    """Some of the files that would be fetched: those that match a pattern of `allow` (none: all), and none of
+    `ignore`."""
+
+    allow: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+
+ALL = Choice()
 
 
 class Limits(Struct, frozen=True):
@@ -32,7 +55,9 @@ class Limits(Struct, frozen=True):
     patience_s: float = 900.0
     """The longest `Retry-After` that is waited for."""
     parallel: int = 8
-    """Files that are fetched at the same time."""
+    """Connections that are open at the same time."""
+    part_bytes: int = 16 << 20
+    """A file of at least two of these comes in parts, over several connections."""
 
 
 class Job(Struct, frozen=True):
@@ -43,6 +68,7 @@ class Job(Struct, frozen=True):
     cache_dir: str
     token: str | None = None
     limits: Limits = Limits()
+    choice: Choice = ALL
 
 
 class WeightsProgress(Struct, frozen=True, tag="progress", tag_field="type"):
@@ -51,6 +77,8 @@ class WeightsProgress(Struct, frozen=True, tag="progress", tag_field="type"):
     rate_bytes_s: float
     message: str
     """What is being waited for, e.g. `hub answers 429, retrying in 12 s`; empty while bytes flow."""
+    eta_s: float | None = None
+    """Time left at the present rate; None while nothing comes."""
 
 
 class Done(Struct, frozen=True, tag="done", tag_field="type"):

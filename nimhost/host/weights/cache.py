@@ -1,31 +1,37 @@
 """The weights on disk: one cache in the layout of Hugging Face (`blobs`, `refs`, `snapshots`), shared with other tools.
 
-What nimhost adds lies in `<cache>/.nimhost/<repository>/<commit>.json`: a manifest of every file it wants, with size,
-hash and whether it was verified. A snapshot is ours when its manifest is there and every file has its size; so a
-partial snapshot is never taken for a complete one, and looking needs no network.
+What nimhost adds lies in `<cache>/.nimhost/<repository>/`: `<commit>.json`, a manifest of every file it wants, with
+size, hash and whether it was verified, and `fetched/<blob>`, a note for each blob that nimhost brought here. A
+snapshot is complete when its manifest is there and every file has its size; so a partial snapshot is never taken for
+a complete one, and looking needs no network. What comes from NGC lies in `<cache>/.nimhost/ngc/`, in the same layout.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 import msgspec
 from msgspec import Struct
 
 from nimhost.errors import HostError, WeightsMissing
-from nimhost.host.weights_choice import HubFile, is_weights, wanted
-from nimhost.host.weights_wire import Repo
-from nimhost.models.checkpoint import header_length, parse_safetensors_header, weights_end
+from nimhost.host.weights.choice import HubFile, is_weights, wanted
+from nimhost.host.weights.wire import LATEST, Repo
+from nimhost.models.tensors import header_length, parse_safetensors_header, weights_end
 
 OURS = ".nimhost"
 PARTIAL = ".nimhost-partial"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _USED_EVERY_S = 3600.0
+LONGEST_PATH = 1024
+NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class Snapshot(Struct, frozen=True):
@@ -43,6 +49,10 @@ class ManifestFile(Struct, frozen=True):
     digest: str
     verified: bool
     """Its bytes had this digest when the manifest was written."""
+    recorded: str = ""
+    """The SHA-256 of what came, where no hash was promised."""
+    damaged: bool = False
+    """It has been looked at since, and its bytes are others."""
 
 
 class Manifest(Struct, frozen=True):
@@ -72,16 +82,20 @@ class RepoCache:
         _check(repo)
         self.cache_dir = cache_dir
         self.repo = repo
-        self.folder = f"{repo.repo_type}s--" + repo.repo_id.replace("/", "--")
-        self.dir = cache_dir / self.folder
+        ngc = repo.registry == "ngc"
+        self.folder = f"{'ngc-' if ngc else ''}{repo.repo_type}s--" + repo.repo_id.replace("/", "--")
+        self.dir = cache_dir / OURS / "ngc" / self.folder if ngc else cache_dir / self.folder
         self.blobs = self.dir / "blobs"
+        self.notes = cache_dir / OURS / self.folder
+        self.fetched = self.notes / "fetched"
 
     def commit(self) -> str | None:
         """The commit that the revision stood for when it was last fetched."""
-        if _COMMIT.fullmatch(self.repo.revision):
+        if _COMMIT.fullmatch(self.repo.revision) or (self.repo.registry == "ngc" and self.repo.revision != LATEST):
             return self.repo.revision
-        text = _read(self.dir / "refs" / self.repo.revision)
-        return text.decode().strip() if text else None
+        said = (_read(self.dir / "refs" / self.repo.revision) or b"").decode(errors="replace").strip()
+        sound = is_version(said) if self.repo.registry == "ngc" else _COMMIT.fullmatch(said)
+        return said if sound else None  # it becomes part of a path
 
     def snapshot_dir(self, commit: str) -> Path:
         return self.dir / "snapshots" / commit
@@ -93,7 +107,7 @@ class RepoCache:
         return self.blobs / (file.digest + PARTIAL)
 
     def manifest_path(self, commit: str) -> Path:
-        return self.cache_dir / OURS / self.folder / f"{commit}.json"
+        return self.notes / f"{commit}.json"
 
     def manifest(self, commit: str) -> Manifest | None:
         data = _read(self.manifest_path(commit))
@@ -114,7 +128,8 @@ class RepoCache:
             return None
         manifest = self.manifest(commit)
         if manifest is not None:
-            return self._snapshot(commit, manifest.size_bytes) if self._holds(commit, manifest.files) else None
+            whole = self._holds(commit, manifest.files) and not any(file.damaged for file in manifest.files)
+            return self._snapshot(commit, manifest.size_bytes) if whole else None
         listed = self._listing_of_others(commit)
         if listed is not None:
             size = sum(file.size_bytes for file in listed)
@@ -122,6 +137,10 @@ class RepoCache:
         if trust_others and looks_complete(self.snapshot_dir(commit)):
             return self._snapshot(commit, sum(f.size_bytes for f in self.files_there(commit)))
         return None
+
+    def some(self, commit: str) -> Snapshot:
+        """What is there of a snapshot, whole or not."""
+        return self._snapshot(commit, sum(file.size_bytes for file in self.files_there(commit)))
 
     def _holds(self, commit: str, files: Iterable[ManifestFile | HubFile]) -> bool:
         root = self.snapshot_dir(commit)
@@ -141,15 +160,11 @@ class RepoCache:
     def files_there(self, commit: str) -> list[HubFile]:
         """The files of a snapshot that another tool made; digests are the names of their blobs."""
         root = self.snapshot_dir(commit)
-        found = sorted(path for path in root.rglob("*") if path.is_file())
-        return [
-            HubFile(
-                str(path.relative_to(root)),
-                path.stat().st_size,
-                os.path.basename(os.readlink(path)) if path.is_symlink() else "",
-            )
-            for path in found
-        ]
+        found = []
+        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+            digest = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+            found.append(HubFile(str(path.relative_to(root)), _size(path), digest))
+        return found
 
     def _snapshot(self, commit: str, size_bytes: int) -> Snapshot:
         path = self.snapshot_dir(commit).absolute()
@@ -173,10 +188,34 @@ class RepoCache:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def make_dirs(self) -> None:
-        for folder in (self.dir, self.blobs, self.manifest_path("x").parent):
+        for folder in (self.dir, self.blobs, self.fetched):
             folder.mkdir(parents=True, exist_ok=True)
         for folder in (self.dir, self.blobs):
             _open_to_all(folder, 0o755)
+
+    def remove_empty_dirs(self) -> None:
+        """After a refusal: what nothing came into."""
+        for folder in (self.blobs, self.fetched, self.dir):
+            with suppress(OSError):  # it is not empty, or not there
+                folder.rmdir()
+
+    def mark_fetched(self, file: HubFile, path: Path) -> None:
+        """Note that a blob is nimhost's doing: what others brought here is never pruned. The note is of this very file,
+        not of one that another tool may put there later. `path`: where it is now, with all of its content."""
+        write_atomically(self.fetched / file.digest, _mark(path).encode())
+
+    def fetched_digests(self) -> set[str]:
+        """Names of the blobs that nimhost brought here. One that was changed in its place is still the same file: where
+        it is known to be damaged, nobody else can have brought it since."""
+        notes = {path.name: (_read(path) or b"").decode(errors="replace") for path in self.fetched.glob("*")}
+        marks = {name: (note, _mark(self.blobs / name)) for name, note in notes.items() if note}
+        ours = {name for name, (note, mark) in marks.items() if note == mark}
+        touched = {name for name, (note, mark) in marks.items() if mark and _inode(note) == _inode(mark)} - ours
+        return ours | (touched & self._damaged_digests() if touched else touched)
+
+    def _damaged_digests(self) -> set[str]:
+        manifests = [self.manifest(path.stem) for path in self.notes.glob("*.json")]
+        return {file.digest for manifest in manifests if manifest for file in manifest.files if file.damaged}
 
     def link(self, commit: str, files: Iterable[HubFile]) -> None:
         """Make the snapshot: relative links to the blobs, as Hugging Face's own tools would."""
@@ -198,10 +237,20 @@ class RepoCache:
         if known is not None and not known.exists():  # another tool may know a newer commit
             write_atomically(known, commit.encode())
 
-    def write_manifest(self, commit: str, files: Iterable[HubFile], *, verified: bool) -> None:
-        listed = [ManifestFile(f.path, f.size_bytes, f.digest, verified) for f in files]
-        manifest = Manifest(self.repo.repo_id, commit, listed)
-        write_atomically(self.manifest_path(commit), msgspec.json.encode(manifest))
+    def write_manifest(
+        self, commit: str, files: Iterable[HubFile], *, verified: bool, hashes: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """`hashes`: by digest, what was computed of the files that came."""
+        listed = [
+            ManifestFile(
+                f.path, f.size_bytes, f.digest, verified and f.hashed, "" if f.hashed else hashes.get(f.digest, "")
+            )
+            for f in files
+        ]
+        self.replace_manifest(Manifest(self.repo.repo_id, commit, listed))
+
+    def replace_manifest(self, manifest: Manifest) -> None:
+        write_atomically(self.manifest_path(manifest.commit), msgspec.json.encode(manifest))
 
 
 def looks_complete(snapshot: Path) -> bool:
@@ -244,9 +293,14 @@ def _whole(path: Path) -> bool:
 
 
 def is_safe_path(path: str) -> bool:
-    """Whether a path that the hub sent stays inside the snapshot."""
-    parts = PurePosixPath(path).parts
+    """Whether a path that the hub sent stays inside the snapshot, and can be that of a file."""
+    parts = PurePosixPath(path).parts if len(path) <= LONGEST_PATH else ()
     return bool(parts) and not path.startswith("/") and ".." not in parts and "\0" not in path
+
+
+def is_version(text: str) -> bool:
+    """Whether it can be the version of an NGC artifact: it becomes part of a path."""
+    return bool(re.fullmatch(r"[\w.+@=-]+", text)) and not text.startswith(".")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -260,12 +314,23 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _check(repo: Repo) -> None:
+    if repo.registry == "ngc":
+        _check_ngc(repo)
+        return
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo.repo_id) or ".." in repo.repo_id:
         raise WeightsMissing(f"'{repo.repo_id}' is not a repository name", "Write it as ORGANISATION/NAME.")
     if repo.repo_type not in ("model", "dataset", "space"):
         raise WeightsMissing(f"'{repo.repo_type}' is not a repository type", "One of model, dataset, space.")
-    if not is_safe_path(repo.revision) or not is_safe_path(repo.branch or "main"):
-        raise WeightsMissing(f"'{repo.branch or repo.revision}' is not a revision", "Name a branch, a tag or a commit.")
+    for revision in (repo.revision, repo.branch or "main"):
+        if not is_safe_path(revision):
+            raise WeightsMissing(f"'{revision}' is not a revision", "Name a branch, a tag or a commit.")
+
+
+def _check_ngc(repo: Repo) -> None:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){2}", repo.repo_id) or ".." in repo.repo_id or "--" in repo.repo_id:
+        raise WeightsMissing(f"'{repo.repo_id}' is not the name of an NGC artifact", "It is made of org/team/name.")
+    if not is_version(repo.revision):
+        raise WeightsMissing(f"'{repo.revision}' is not a version", "Name a version of the artifact, such as 1.0.")
 
 
 def _replace_link(link: Path, target: str) -> None:
@@ -295,8 +360,26 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
+def _mark(path: Path) -> str:
+    """Of a file as it is: file systems give the inode of a deleted one to the next, but not its time as well."""
+    found = stat_of(path)
+    return f"{found.st_ino} {found.st_mtime_ns}" if found else ""
+
+
+def _inode(mark: str) -> str:
+    return mark.partition(" ")[0]
+
+
 def _size(path: Path) -> int:
+    found = stat_of(path)
+    return found.st_size if found else -1
+
+
+def stat_of(path: Path) -> os.stat_result | None:
+    """None for what is not there, or not any more, and for a link that leads nowhere."""
     try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return -1
+        return path.stat()
+    except OSError as error:
+        if error.errno in NOWHERE:
+            return None
+        raise

@@ -10,15 +10,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from nimhost.errors import HostError, HubUnavailable, NimhostError, WeightsCorrupt, WeightsMissing, all_errors
-from nimhost.host import weights_wire as wire
-from nimhost.host.weights_cache import RepoCache, Snapshot, cache_dir_from
-from nimhost.host.weights_wire import Limits, Repo, WeightsProgress
+from nimhost.host.threads import in_thread
+from nimhost.host.weights import wire
+from nimhost.host.weights.cache import RepoCache, Snapshot, cache_dir_from
+from nimhost.host.weights.choice import pick_some
+from nimhost.host.weights.wire import Limits, Repo, WeightsProgress
 
 __all__ = ["Limits", "OnProgress", "Repo", "Snapshot", "Weights", "WeightsProgress", "cache_dir_from"]
 
 OnProgress = Callable[[WeightsProgress], None]
+_Order = tuple[Repo, wire.Choice]
 
-_CHILD = ("-P", "-m", "nimhost.host.weights_child")
+_CHILD = ("-P", "-m", "nimhost.host.weights.child")
 _STDERR_KEPT = 4000
 
 
@@ -42,7 +45,7 @@ class Weights:
         self.endpoint = endpoint
         self.offline = offline
         self._limits = limits or Limits()
-        self._downloads: dict[Repo, _Download] = {}
+        self._downloads: dict[_Order, _Download] = {}
 
     def present(self, repo: Repo) -> Snapshot | None:
         """The snapshot if all of it is on disk. Quick, without network, from any thread.
@@ -58,14 +61,24 @@ class Weights:
             cache.mark_used(found.commit)
         return found
 
-    async def fetch(self, repo: Repo, token: str | None, on_progress: OnProgress) -> Snapshot:
+    @property
+    def in_flight(self) -> dict[Repo, WeightsProgress | None]:
+        """What is being fetched, and how far that is once it is known."""
+        return {repo: download.latest for (repo, _), download in self._downloads.items()}
+
+    async def fetch(
+        self, repo: Repo, token: str | None, on_progress: OnProgress, choice: wire.Choice = wire.ALL
+    ) -> Snapshot:
         """The snapshot, downloaded if need be; several callers share one download (and the first one's token).
 
-        When the last caller is cancelled the download stops at once; the next one continues where it stopped.
+        With a `choice` it is not complete, and not `present`, until the rest has been fetched too. When the last
+        caller is cancelled the download stops at once; the next one continues where it stopped.
         Raises WeightsGated, WeightsMissing, WeightsCorrupt, HubUnavailable, DiskFull or another HostError.
         """
-        found = self.present(repo)
+        found = await in_thread(self.present, repo)
         if found is not None:
+            if choice != wire.ALL:
+                pick_some(repo, await in_thread(RepoCache(self.cache_dir, repo).files_there, found.commit), choice)
             return found
         if self.offline:
             raise WeightsMissing(
@@ -73,7 +86,8 @@ class Weights:
                 "Set [weights] offline = false, or fetch it elsewhere: "
                 f"hf download {repo.repo_id} --revision {repo.revision} --cache-dir {self.cache_dir}",
             )
-        download = self._downloads.get(repo) or self._begin(repo, token)
+        order = (repo, choice)
+        download = self._downloads.get(order) or self._begin(order, token)
         download.waiting.append(on_progress)
         if download.latest is not None:
             on_progress(download.latest)
@@ -82,38 +96,36 @@ class Weights:
         finally:
             download.waiting.remove(on_progress)
             if not download.waiting:
-                await self._end(repo, download)
+                await self._end(order, download)
 
     async def close(self) -> None:
         """Stop every download; what has arrived stays."""
-        for repo, download in list(self._downloads.items()):
-            await self._end(repo, download)
+        for order, download in list(self._downloads.items()):
+            await self._end(order, download)
 
-    def _begin(self, repo: Repo, token: str | None) -> _Download:
-        download = _Download(asyncio.create_task(self._run(repo, token), name=f"weights {repo}"))
-        self._downloads[repo] = download
+    def _begin(self, order: _Order, token: str | None) -> _Download:
+        download = _Download(asyncio.create_task(self._run(order, token), name=f"weights {order[0]}"))
+        self._downloads[order] = download
         return download
 
-    async def _end(self, repo: Repo, download: _Download) -> None:
-        if self._downloads.get(repo) is download:
-            del self._downloads[repo]
+    async def _end(self, order: _Order, download: _Download) -> None:
+        if self._downloads.get(order) is download:
+            del self._downloads[order]
         download.task.cancel()
         with suppress(asyncio.CancelledError, NimhostError):
             await asyncio.shield(download.task)
 
-    async def _run(self, repo: Repo, token: str | None) -> Snapshot:
-        job = wire.Job(repo, repo.endpoint or self.endpoint, str(self.cache_dir), token, self._limits)
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, *_CHILD, env=_environment(), start_new_session=True,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+    async def _run(self, order: _Order, token: str | None) -> Snapshot:
+        repo, choice = order
+        job = wire.Job(repo, self.endpoint, str(self.cache_dir), token, self._limits, choice)
+        child = await _start_child()
         assert child.stdin is not None
         assert child.stdout is not None
         assert child.stderr is not None
         complaint = asyncio.create_task(_tail(child.stderr))
         try:
             child.stdin.write(wire.encode(job) + b"\n")
-            verdict = await self._listen(repo, child.stdout)
+            verdict = await self._listen(order, child.stdout)
         except BaseException:
             # Only here: after its verdict it ends by itself, and asyncio's kill() would take its exit code away.
             with suppress(ProcessLookupError):
@@ -128,29 +140,43 @@ class Weights:
             raise _died(repo, exit_code, said.replace(token, "***") if token else said)
         if isinstance(verdict, wire.Failed):
             raise _error(verdict)
-        return self._settled(repo, verdict)
+        return await in_thread(self._settled, order, verdict)
 
-    async def _listen(self, repo: Repo, stdout: asyncio.StreamReader) -> wire.Done | wire.Failed | None:
+    async def _listen(self, order: _Order, stdout: asyncio.StreamReader) -> wire.Done | wire.Failed | None:
         """Pass progress on until the child's verdict; None when it ends without one."""
         while line := await stdout.readline():
             news: wire.Line = wire.line_decoder.decode(line)
             if not isinstance(news, WeightsProgress):
                 return news
-            download = self._downloads.get(repo)
+            download = self._downloads.get(order)
             if download is not None:
                 download.latest = news
                 for tell in list(download.waiting):
                     tell(news)
         return None
 
-    def _settled(self, repo: Repo, done: wire.Done) -> Snapshot:
-        found = RepoCache(self.cache_dir, repo).find()
+    def _settled(self, order: _Order, done: wire.Done) -> Snapshot:
+        repo, choice = order
+        cache = RepoCache(self.cache_dir, repo)
+        found = cache.find() if choice == wire.ALL else cache.some(done.commit)
         if found is None or found.commit != done.commit:
             raise WeightsCorrupt(
                 f"{repo} was changed in {self.cache_dir} by somebody else while it was fetched",
                 "Deploy it again: only what is missing is fetched.",
             )
         return found
+
+
+async def _start_child() -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    try:
+        return await asyncio.create_subprocess_exec(
+            sys.executable, *_CHILD, env=_environment(), start_new_session=True, stdin=pipe, stdout=pipe, stderr=pipe
+        )
+    except OSError as error:
+        raise HostError(
+            f"cannot start a process for the download: {error.strerror}", "Is there memory left? free -h, ulimit -u"
+        ) from error
 
 
 def _environment() -> dict[str, str]:

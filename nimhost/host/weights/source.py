@@ -7,8 +7,9 @@ from typing import Protocol
 
 from nimhost.errors import HubUnavailable, WeightsMissing
 from nimhost.host.threads import in_thread
-from nimhost.host.weights_hub import NETWORK, Hub, Interrupted, Patience, reason
-from nimhost.host.weights_wire import Limits, Repo
+from nimhost.host.weights.hub import NETWORK, Interrupted, Patience, reason
+from nimhost.host.weights.ngc import open_registry
+from nimhost.host.weights.wire import Limits, Repo
 
 PATIENCE = Limits(stall_s=10, tries=2, backoff_s=0.5, patience_s=2)
 """Somebody waits for the answer, and whoever asked asks again."""
@@ -59,10 +60,10 @@ class Directory:
 
 
 class Repository:
-    """A repository on a model hub, at the commit its revision stands for now."""
+    """A repository on a model hub or NGC, at the commit its revision stands for now."""
 
     def __init__(self, repo: Repo, endpoint: str, token: str | None) -> None:
-        self._hub = Hub(endpoint, token, PATIENCE, repo)
+        self._hub = open_registry(repo, endpoint, token, PATIENCE)
         self._commit = ""
 
     def __str__(self) -> str:

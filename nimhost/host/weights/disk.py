@@ -1,0 +1,140 @@
+"""Room for what is to come: downloads promise each other that they will all fit.
+
+A promise is a file that says how much is still to come and for which repository, locked by its process for as long as
+it lives: nothing is left to clean up after a crash.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nimhost.errors import DiskFull
+from nimhost.host.weights.cache import OURS, RepoCache
+from nimhost.host.weights.choice import HubFile
+from nimhost.host.weights.locks import try_lock
+from nimhost.host.weights.parts import arrived_bytes
+
+_GATE = ".gate"
+_WIDTH = 20
+
+
+@contextmanager
+def reserved_space(cache: RepoCache, files: list[HubFile]) -> Iterator[int]:
+    """Make sure that what is still to come fits, next to what other downloads have been promised.
+
+    Yields the file descriptor for `keep_promise`. Raises DiskFull.
+    """
+    folder = cache.cache_dir / OURS / "promised"
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / str(os.getpid())
+    gate = os.open(folder / _GATE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # before there is a file: one that nobody has locked is taken for a dead one's
+        fd = os.open(own, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            keep_promise(fd, _needed(cache, files, [_promise(path) for path in _promises(folder) if path != own]))
+            os.pwrite(fd, cache.folder.encode(), _WIDTH)
+            fcntl.flock(gate, fcntl.LOCK_UN)
+            yield fd
+        finally:
+            own.unlink(missing_ok=True)
+            os.close(fd)
+    finally:
+        os.close(gate)
+
+
+def _needed(cache: RepoCache, files: list[HubFile], others: list[tuple[int, str]]) -> int:
+    """Bytes still to come. Raises DiskFull where they do not fit beside what others were promised."""
+    needed = missing_bytes(cache, files)
+    promised = sum(size for size, repo in others if repo != cache.folder)  # of the same, the bytes come once
+    free = shutil.disk_usage(cache.cache_dir).free
+    if needed > free - promised:
+        raise DiskFull(*_sum(cache, needed, free, promised))
+    return needed
+
+
+def keep_promise(fd: int, needed_bytes: int) -> None:
+    """Note how much is still to come: what has arrived is not free any more, it must not count twice."""
+    os.pwrite(fd, b"%-*d" % (_WIDTH, needed_bytes), 0)
+
+
+def promised_bytes(cache_dir: Path, besides: RepoCache | None = None) -> int:
+    """What downloads in flight will still write into this cache, those of the repository `besides` left out."""
+    folder = cache_dir / OURS / "promised"
+    try:
+        gate = os.open(folder / _GATE, os.O_RDWR)
+    except OSError:
+        return 0  # nobody has ever fetched anything here, or we may not look: then it is not ours to count
+    try:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        found = map(_promise, _promises(folder))
+        return sum(size for size, repo in found if besides is None or repo != besides.folder)
+    finally:
+        os.close(gate)
+
+
+@contextmanager
+def no_download(cache: RepoCache) -> Iterator[bool]:
+    """Whether nobody fetches that repository; none begins to, here, until the end."""
+    folder = cache.cache_dir / OURS / "promised"
+    folder.mkdir(parents=True, exist_ok=True)
+    gate = os.open(folder / _GATE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        yield cache.folder not in {repo for _, repo in map(_promise, _promises(folder))}
+    finally:
+        os.close(gate)
+
+
+def _promises(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != _GATE]
+
+
+def _promise(path: Path) -> tuple[int, str]:
+    """(what a living process has been promised, for which repository); the file of a dead one goes away."""
+    with suppress(FileNotFoundError):
+        fd = os.open(path, os.O_RDWR)
+        try:
+            if not try_lock(fd):
+                said = os.pread(fd, 4096, 0)
+                return int(said[:_WIDTH] or b"0"), said[_WIDTH:].decode()
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(fd)
+    return 0, ""
+
+
+def missing_bytes(cache: RepoCache, files: list[HubFile]) -> int:
+    missing = 0
+    for file in {f.digest: f for f in files}.values():
+        if not cache.blob(file).exists():
+            missing += max(0, file.size_bytes - arrived_bytes(cache.partial(file), file.size_bytes))
+    return missing
+
+
+def disk_full(cache_dir: Path) -> DiskFull:
+    """The error for a write that failed because the disk is full (or the quota used up)."""
+    return DiskFull(
+        f"no space left on the filesystem of {cache_dir}",
+        "Free some space (nimhost weights prune): the download continues by itself where it stopped. "
+        "Or set [weights] cache_dir.",
+    )
+
+
+def _sum(cache: RepoCache, needed: int, free: int, promised: int) -> tuple[str, str]:
+    others = f", of which {_gib(promised)} are promised to other downloads" if promised else ""
+    return (
+        f"{cache.repo} needs {_gib(needed)} in {cache.cache_dir}, {_gib(free)} are free{others}",
+        f"Free {_gib(needed - free + promised)} (nimhost weights prune), "
+        "or set [weights] cache_dir to a larger filesystem.",
+    )
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"
