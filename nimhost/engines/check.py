@@ -20,6 +20,17 @@ def check_parallelism(config: DeploymentConfig, nim_image: str) -> None:
         nim_split(executor.gpu, executor.additional_envs or {})
 
 
+def warnings_of(order: Order) -> tuple[str, ...]:
+    """What works but is hardly what somebody wanted; nothing for an order that no engine can start with."""
+    if order.engine != "vllm":
+        return ()
+    try:
+        spec = order.model.spec if order.model else None
+        return VllmSplit(order.gpus, order.executor.additional_args, spec).warnings
+    except BadRequest:
+        return ()
+
+
 def check_order(order: Order, host: HostFacts) -> ContainerSpec:
     """What the order would become as things are now. Raises BadRequest, naming the field that makes it impossible."""
     tools, own = order.chat.tools, order.executor.additional_args

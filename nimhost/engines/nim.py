@@ -40,10 +40,14 @@ def nim(order: Order, host: HostFacts) -> ContainerSpec:
         image=image,
         args=tuple(order.executor.additional_args),
         env=env,
-        secret_env={"NGC_API_KEY": NGC_KEY},
+        secret_env={} if "NGC_API_KEY" in env else {"NGC_API_KEY": NGC_KEY},
         mounts=mounts_of(order, host, cache),
         files=files,
-        probe=Probe(health_path=order.executor.health_check_path or "/v1/health/ready"),
+        probe=Probe(
+            health_path=order.executor.health_check_path or "/v1/health/ready",
+            served_names=_listed(env, ours=host.weights is not None),
+            serves_any=True,
+        ),
         gpus=order.gpus,
         shm_bytes=host.shm_bytes if order.gpus else None,
         user=run_as(order),
@@ -53,6 +57,13 @@ def nim(order: Order, host: HostFacts) -> ContainerSpec:
 
 def served_name(order: Order) -> str | None:
     return str(order.model.ref) if order.model else order.label
+
+
+def _listed(env: dict[str, str], ours: bool) -> tuple[str, ...]:
+    """What it will list: the names it is told, by a NIM that serves our weights. One that brings its model may know
+    nothing of that variable (embedding, reranking and classification NIMs), and lists its own names, or none."""
+    names = env.get("NIM_SERVED_MODEL_NAME", "") if ours else ""
+    return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def is_multi_llm(image: str) -> bool:

@@ -120,11 +120,15 @@ def image_of(order: Order, default: str) -> str:
 
 
 def adapters_mount(order: Order, host: HostFacts) -> Mount | None:
-    """The directory of the model's adapters, when the config wants adapters; one subdirectory for each."""
+    """The directory of the model's adapters, when the config wants adapters; one subdirectory for each.
+
+    A NIM serves whatever it finds there, so it has one that holds nothing else: see `host.adapter_files`.
+    """
     if not order.model_spec.lora_enabled:
         return None
     owner = order.model.ref if order.model else order.ref
-    return Mount(source=f"{host.loras_dir}/{owner.workspace}--{owner.name}", target=ADAPTERS_DIR)
+    root = f"{host.loras_dir}/nim" if order.engine == "nim" else host.loras_dir
+    return Mount(source=f"{root}/{owner.workspace}--{owner.name}", target=ADAPTERS_DIR)
 
 
 def mounts_of(order: Order, host: HostFacts, *more: Mount) -> tuple[Mount, ...]:

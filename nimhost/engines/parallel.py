@@ -55,7 +55,7 @@ class VllmSplit:
         sizes = {flag: _whole(value_of(flag, arguments), flag, field) for flag in ALIASES}
         tp, pp, dp = sizes.values()
         others = (pp or 1) * (dp or 1)
-        self.gpus, self._spec, self._arguments = gpus, spec, arguments
+        self.gpus, self.replicas, self._spec, self._arguments = gpus, dp or 1, spec, arguments
         self.tp = tp or tensor_parallel_size(gpus // others, spec)
         self.used = self.tp * others
         if gpus and self.used > gpus:
@@ -65,18 +65,29 @@ class VllmSplit:
                 f"Set executor_config.gpu to {self.used}, or make one of the sizes smaller.",
             )
         if tp and not splits(spec, tp):
-            raise BadRequest(f"{field}: {TP_FLAG} {tp}: {_why_not(spec, tp)}", _possible(spec, gpus))
+            hint = _possible(spec, max(gpus, 1) // (dp or 1), TP_FLAG, PP_FLAG)
+            raise BadRequest(f"{field}: {TP_FLAG} {tp}: {_why_not(spec, tp)}", hint)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         idle = self.gpus - self.used
         if idle <= 0:
             return ()
-        why = f"{_why_not(self._spec, self.gpus)} " if not given(TP_FLAG, self._arguments) else ""
-        return (
-            f"{idle} of {self.gpus} GPUs stay idle: {why}"
-            f"Ask for {self.used} in executor_config.gpu, or use all of them with {PP_FLAG} in additional_args.",
-        )
+        why = "" if given(TP_FLAG, self._arguments) else _why_not(self._spec, self.gpus // self.replicas)
+        ask = f"Set executor_config.gpu to {self.used}{self._all}."
+        return (f"{idle} of {self.gpus} GPUs stay idle{f': {why}' if why else '.'} {ask}",)
+
+    @property
+    def _all(self) -> str:
+        """How every GPU would have something to do, where the model and the sizes that were given allow it."""
+        each, left = divmod(self.gpus, self.replicas)
+        fits = [n for n in range(1, each + 1) if each % n == 0 and splits(self._spec, n)]
+        if given(TP_FLAG, self._arguments):
+            fits = [n for n in fits if n == self.tp]
+        if left or not fits:
+            return ""
+        wide = max(fits)
+        return f", or use all of them with {PP_FLAG} {each // wide} in executor_config.additional_args"
 
 
 # --- NIM -----------------------------------------------------------------------------------------------------------
@@ -101,7 +112,7 @@ def nim_split(gpus: int, envs: dict[str, str], spec: ModelSpec | None = None) ->
         )
     if not splits(spec, wide):
         where = f"{field}.{TP_VARIABLE}" if tp else "executor_config.gpu"
-        raise BadRequest(f"{where}: {_why_not(spec, wide)}", _possible(spec, total))
+        raise BadRequest(f"{where}: {_why_not(spec, wide)}", _possible(spec, total, TP_VARIABLE, PP_VARIABLE))
     return {TP_VARIABLE: str(wide), PP_VARIABLE: str(deep)}
 
 
@@ -115,8 +126,9 @@ def _forms(flag: str) -> set[str]:
 def _whole(text: str | None, name: str, field: str) -> int | None:
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) <= 4096):
-        raise BadRequest(f"{field}: {name} is '{text}', which is not a number of GPUs.", "Write a whole number from 1.")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 0 < int(text) <= 4096):
+        message = f"{field}: {name} is '{text[:40]}', which is not a number of GPUs."
+        raise BadRequest(message, "Write a whole number from 1.")
     return int(text)
 
 
@@ -129,6 +141,8 @@ def _why_not(spec: ModelSpec | None, size: int) -> str:
     )
 
 
-def _possible(spec: ModelSpec | None, gpus: int) -> str:
-    fits = [str(n) for n in range(1, max(gpus, 1) + 1) if splits(spec, n)]
-    return f"It can be split over {', '.join(fits)}; the rest of {gpus} GPUs can be pipeline parallel."
+def _possible(spec: ModelSpec | None, gpus: int, wide: str, deep: str) -> str:
+    """Every way to use that many GPUs, by the names of both sizes, the widest first."""
+    pairs = [(n, gpus // n) for n in range(gpus, 0, -1) if gpus % n == 0 and splits(spec, n)]
+    ways = ", or ".join(f"{wide} {tp} with {deep} {pp}" for tp, pp in pairs)
+    return f"On {gpus} GPU{'' if gpus == 1 else 's'} it can be {ways}."

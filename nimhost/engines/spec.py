@@ -26,12 +26,13 @@ class Probe(Struct, frozen=True):
     """How to tell that an engine is ready.
 
     `health_path` answers 200, and `models_path` lists every name in `served_names`. An engine without served names
-    may have no model list at all.
+    may have no model list at all; with `serves_any`, one that it has must not be empty.
     """
 
     health_path: str
     served_names: tuple[str, ...] = ()
     models_path: str = "/v1/models"
+    serves_any: bool = False
 
 
 class ContainerSpec(Struct, frozen=True, kw_only=True):
@@ -51,10 +52,17 @@ class ContainerSpec(Struct, frozen=True, kw_only=True):
     port: int = ENGINE_PORT
     shm_bytes: int | None = None
     user: str | None = None
+    """`user`, `user:group`, or `:group` for the image's user in another group. None: as the image says."""
     policy: str = "generic"
     """Which paths the gateway lets through: `vllm`, `nim` or `generic`."""
     warnings: tuple[str, ...] = ()
     """What works but is hardly what somebody wanted."""
+
+    def user_in(self, image_user: str) -> str | None:
+        """What Docker is told, which knows no group without a user. `image_user`: what the image says, may be empty."""
+        if self.user is None or not self.user.startswith(":"):
+            return self.user
+        return f"{image_user.partition(':')[0] or 0}{self.user}"
 
 
 def spec_hash(wish: object) -> str:

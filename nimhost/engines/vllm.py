@@ -17,6 +17,7 @@ LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be, from vLLM's default on."""
 LORAS = (4, 16)
 """Adapters in one batch: at least and at most. Each one costs memory from the start, whether it is used or not."""
+RUNTIME_LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 Flag = tuple[str, tuple[str, ...]]
 
@@ -63,11 +64,11 @@ def max_lora_rank(ranks: tuple[int, ...]) -> int:
 
 
 def run_as(order: Order) -> str | None:
-    """Docker's `user[:group]`, when the config sets one."""
+    """Docker's `user[:group]`, when the config sets one; `:group` leaves the user to the image."""
     user, group = order.executor.run_as_user, order.executor.run_as_group
-    if user is None:
-        return None
-    return f"{user}" if group is None else f"{user}:{group}"
+    if group is None:
+        return None if user is None else f"{user}"
+    return f":{group}" if user is None else f"{user}:{group}"
 
 
 def _runner(order: Order) -> list[Flag]:
@@ -111,4 +112,4 @@ def _lora(order: Order) -> list[Flag]:
 
 def _lora_env(order: Order) -> dict[str, str]:
     """Adapters are loaded through the load and unload endpoints only, which vLLM serves when this is set."""
-    return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if order.model_spec.lora_enabled else {}
+    return {RUNTIME_LORA: "1"} if order.model_spec.lora_enabled else {}

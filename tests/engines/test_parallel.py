@@ -48,6 +48,7 @@ def test_the_multi_llm_nim_gets_both_sizes(gpus: int, given: dict[str, str], exp
         (2, {PP: "-1"}, "is '-1'"),
         (2, {PP: ""}, "is ''"),
         (2, {TP: "9" * 5000}, "not a number of GPUs"),
+        (2, {TP: "000000001" + "1" * 5000}, "not a number of GPUs"),
     ],
 )
 def test_sizes_that_do_not_make_the_gpus_are_refused(gpus: int, given: dict[str, str], says: str) -> None:
@@ -69,7 +70,8 @@ def test_a_model_that_cannot_be_split_that_way_is_refused_with_what_can(
     with pytest.raises(BadRequest, match="16 attention heads") as refused:
         nim_split(gpus, given, SIXTEEN)
     assert refused.value.message.startswith(f"{field}:")
-    assert "split over 1, 2" in str(refused.value.hint)
+    ways = {3: f"{TP} 1 with {PP} 3.", 6: f"{TP} 2 with {PP} 3, or {TP} 1 with {PP} 6."}
+    assert ways[gpus] in str(refused.value.hint)
 
 
 def config(engine: str, **executor: Any) -> DeploymentConfig:
@@ -139,8 +141,27 @@ def test_vllm_is_split_by_heads_and_what_is_left_is_said(
 def test_a_warning_says_what_to_do() -> None:
     (said,) = vllm(3, SIXTEEN).warnings
     assert "16 attention heads" in said
-    assert "Ask for 1 in executor_config.gpu" in said
+    assert "Set executor_config.gpu to 1" in said
     assert "--pipeline-parallel-size" in said
+
+
+@pytest.mark.parametrize(
+    ("gpus", "arguments", "said"),
+    [
+        (3, (), "Set executor_config.gpu to 1, or use all of them with --pipeline-parallel-size 3 in "),
+        (6, (), "Set executor_config.gpu to 2, or use all of them with --pipeline-parallel-size 3 in "),
+        (4, ("-tp", "2"), "Set executor_config.gpu to 2, or use all of them with --pipeline-parallel-size 2 in "),
+        (3, ("-dp", "2"), "1 of 3 GPUs stay idle. Set executor_config.gpu to 2."),
+        (6, ("-dp", "2"), "cannot be split over 3 GPUs. Set executor_config.gpu to 2, or use all of them with"),
+    ],
+)
+def test_what_a_warning_advises_leaves_no_gpu_idle(gpus: int, arguments: tuple[str, ...], said: str) -> None:
+    (warning,) = vllm(gpus, SIXTEEN, *arguments).warnings
+    assert said in warning
+    used = warning.partition("executor_config.gpu to ")[2].split()[0].strip(".,")
+    assert vllm(int(used), SIXTEEN, *arguments).warnings == ()
+    if advised := warning.partition("all of them with ")[2].split()[:2]:
+        assert vllm(gpus, SIXTEEN, *arguments, *advised).warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +172,7 @@ def test_a_warning_says_what_to_do() -> None:
         (2, ("--data-parallel-size=3",), "needs 3 GPUs"),
         (4, ("-tp", "3"), "16 attention heads"),
         (4, ("-tp", "many"), "not a number of GPUs"),
+        (4, ("-tp", "000000001" + "1" * 5000), "not a number of GPUs"),
     ],
 )
 def test_arguments_that_can_never_start_are_refused(gpus: int, arguments: tuple[str, ...], says: str) -> None:

@@ -145,7 +145,7 @@ def test_nim_looks_for_adapters_itself(ranks: tuple[int, ...], rank: str | None)
     made = cook(order("nim", with_model=model(lora_ranks=ranks), wish={"lora_enabled": True}), WITH_WEIGHTS)
     assert (made.env["NIM_PEFT_SOURCE"], made.env["NIM_PEFT_REFRESH_INTERVAL"]) == ("/loras", "30")
     assert made.env.get("NIM_MAX_LORA_RANK") == rank
-    assert Mount("/data/loras/default--qwen3-1-7b", "/loras") in made.mounts
+    assert Mount("/data/loras/nim/default--qwen3-1-7b", "/loras") in made.mounts
 
 
 def test_nim_is_given_a_plugin_as_a_file() -> None:
@@ -171,6 +171,38 @@ def test_nim_from_ngc_brings_its_model() -> None:
     (cache,) = made.mounts
     assert (cache.target, cache.read_only) == ("/opt/nim/.cache", False)
     assert cache.source.startswith("/data/nim-cache/nvcr.io-nim-meta-llama-3.2-1b-instruct-1.8.6-")
+
+
+def test_a_key_of_the_person_s_own_is_the_one_a_nim_gets() -> None:
+    image = {"image_name": "nvcr.io/nim/meta/llama", "image_tag": "1"}
+    made = cook(order("nim", additional_envs={"NGC_API_KEY": "nvapi-own"}, **image), HOST)
+    assert (made.env["NGC_API_KEY"], made.secret_env) == ("nvapi-own", {})
+
+
+@pytest.mark.fault(24)
+def test_a_nim_lists_what_it_was_told_where_it_serves_our_weights() -> None:
+    ours = cook(order("nim", with_model=model()), WITH_WEIGHTS)
+    assert ours.probe.served_names == ("default/qwen3-1-7b",)
+    named = order("nim", with_model=model(), additional_envs={"NIM_SERVED_MODEL_NAME": "a, b"})
+    assert cook(named, WITH_WEIGHTS).probe.served_names == ("a", "b")
+    own = cook(order("nim", wish={"model_name": "nvidia/nv-embedqa"}, image_name="nvcr.io/nim/x", image_tag="1"), HOST)
+    assert (own.probe.served_names, own.probe.serves_any) == ((), True)
+
+
+@pytest.mark.parametrize(
+    ("ids", "image_user", "expected"),
+    [
+        ({}, "app", None),
+        ({"run_as_user": 5}, "app", "5"),
+        ({"run_as_user": 5, "run_as_group": 6}, "app", "5:6"),
+        ({"run_as_group": 6}, "app:staff", "app:6"),
+        ({"run_as_group": 6}, "", "0:6"),
+    ],
+)
+def test_who_an_engine_runs_as(ids: dict[str, int], image_user: str, expected: str | None) -> None:
+    for engine in ("vllm", "nim", "generic"):
+        made = cook(order(engine, with_model=model(), image_name="x", health_check_path="/h", **ids), WITH_WEIGHTS)
+        assert made.user_in(image_user) == expected
 
 
 def test_a_nim_without_a_model_name_sets_none() -> None:
