@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 OPEN_AFTER = 3
 PAUSE_S = 5.0
@@ -19,10 +19,13 @@ MAX_PAUSE_S = 60.0
 class Standing:
     """What is known about an upstream from the requests that went there. It outlives route tables."""
 
-    __slots__ = ("failures", "probing", "retry_at_s", "under_way")
+    __slots__ = ("failures", "on_idle", "probing", "retry_at_s", "under_way", "url")
 
-    def __init__(self) -> None:
+    def __init__(self, url: str = "") -> None:
+        self.url = url
         self.under_way = 0
+        self.on_idle: Callable[[Standing], None] | None = None
+        """Called when the last request has ended. Set once no more are sent there."""
         self.failures = 0
         """In a row."""
         self.retry_at_s = 0.0
@@ -41,6 +44,8 @@ class Standing:
         self.under_way -= 1
         if probe:  # its client may have left before there was a result
             self.probing = False
+        if self.on_idle and not self.under_way:
+            self.on_idle(self)
 
     def succeed(self) -> None:
         self.failures, self.retry_at_s, self.probing = 0, 0.0, False

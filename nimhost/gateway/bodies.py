@@ -14,13 +14,19 @@ from msgspec import Raw
 from nimhost.errors import BadRequest
 from nimhost.gateway.routes import Target
 
-JSON_NEEDED = "The body must be a JSON object or a form; other bodies (audio, images) go to the provider route."
+JSON_NEEDED = "The body must be a JSON object or a form; other bodies go to the route of a model or a provider."
 MAX_MODEL_BYTES = 1024
+LOOKED_AT_BYTES = 4096
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that others wrote."""
+_EMPTY = "Could not extract model from openai request: 'model' is empty"
 _MODEL_NEEDED = "Put a model's name into the body."
 
 _members = msgspec.json.Decoder(dict[str, Raw])
 _name = msgspec.json.Decoder(str)
+_NAMED = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.){1,1024}")')
 _encode = msgspec.json.Encoder().encode
+_MODEL_HEAD = b'\r\nContent-Disposition: form-data; name="model"\r\n\r\n'
 _BOUNDARY = re.compile(rb'boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.IGNORECASE)
 _MODEL_PART = re.compile(rb'content-disposition:[^\r\n]*;\s*name="?model"?\s*(?:[;\r]|$)', re.IGNORECASE)
 
@@ -67,6 +73,8 @@ class FormBody(NamedTuple):
     model: str
     start: int
     end: int
+    before: bytes = b""
+    """Where the form has no such field: what makes the name one, if a line's end follows."""
 
     @property
     def streams(self) -> bool:
@@ -75,15 +83,36 @@ class FormBody(NamedTuple):
     def for_target(self, target: Target) -> bytes:
         if target.served_json is None or self.model == target.served_name:
             return self.raw
-        return b"".join((self.raw[: self.start], target.served_name.encode(), self.raw[self.end :]))
+        name = target.served_name.encode()
+        field = self.before + name + b"\r\n" if self.before else name
+        return b"".join((self.raw[: self.start], field, self.raw[self.end :]))
 
 
 def read_json(body: bytes) -> JsonBody:
     """Raises BadRequest if it is no JSON object."""
     try:
         return JsonBody(body, _members.decode(body), None)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"Invalid request body: {error}", JSON_NEEDED) from None
+    except UNREADABLE as error:
+        raise unreadable(error) from None
+
+
+def name_in(body: JsonBody) -> str:
+    """The model that it names; "" where that is no text."""
+    try:
+        return _name.decode(body.members.get("model", b'""'))
+    except UNREADABLE:
+        return ""
+
+
+def name_within(raw: bytes) -> str:
+    """The model that bytes name which are not decoded for it; "" where it is not near their begin or end. Text that
+    somebody wrote is never taken for it: quotes are escaped there.
+    """
+    found = _NAMED.search(raw, 0, LOOKED_AT_BYTES) or _NAMED.search(raw, max(0, len(raw) - LOOKED_AT_BYTES))
+    try:
+        return _name.decode(found[1]) if found else ""
+    except UNREADABLE:
+        return ""
 
 
 def read_model(body: bytes) -> JsonBody:
@@ -95,18 +124,52 @@ def read_model(body: bytes) -> JsonBody:
         raise BadRequest("Could not extract model from openai request: 'model'", _MODEL_NEEDED) from None
     except msgspec.ValidationError as error:
         raise BadRequest(f"Could not extract model from openai request: {error}", JSON_NEEDED) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"Invalid request body: {error}", JSON_NEEDED) from None
+    except UNREADABLE as error:
+        raise unreadable(error) from None
+    if not model:
+        raise BadRequest(_EMPTY, _MODEL_NEEDED)
     return JsonBody(body, members, model)
+
+
+def unreadable(error: Exception) -> BadRequest:
+    """What a client is told about one of UNREADABLE."""
+    if isinstance(error, RecursionError):
+        return BadRequest("Invalid request body: it is nested too deeply.", "Send fewer brackets inside brackets.")
+    return BadRequest(f"Invalid request body: {error}", JSON_NEEDED)
 
 
 def read_form(body: bytes, content_type: bytes) -> FormBody:
     """A form that names its model; its files are passed over, not read. Raises BadRequest."""
-    found = _BOUNDARY.search(content_type)
-    if found is None:
+    dash = _dash(content_type)
+    if not dash:
         raise BadRequest("Invalid request body: a form without a boundary.", "Let your HTTP library write the header.")
-    dash = b"--" + (found[1] or found[2])
-    at = 0 if body.startswith(dash) else body.find(b"\r\n" + dash)
+    if form := _find_model(body, dash):
+        return form
+    raise BadRequest("Could not extract model from openai request: 'model'", "Put a field 'model' into the form.")
+
+
+def read_form_for_model(body: bytes, content_type: bytes) -> FormBody | PlainBody:
+    """A form for a model that the path has named: it need not say it too, but it will. Raises BadRequest."""
+    dash = _dash(content_type)
+    at = _first_part(body, dash) if dash else -1
+    if at == -1:
+        return PlainBody(body)  # whoever is asked knows best what is wrong with it
+    at += 2 if at else 0
+    return _find_model(body, dash) or FormBody(body, "", at, at, dash + _MODEL_HEAD)
+
+
+def _dash(content_type: bytes) -> bytes:
+    """What stands before every part; b"": the header does not say."""
+    found = _BOUNDARY.search(content_type)
+    return b"--" + (found[1] or found[2]) if found else b""
+
+
+def _first_part(body: bytes, dash: bytes) -> int:
+    return 0 if body.startswith(dash) else body.find(b"\r\n" + dash)
+
+
+def _find_model(body: bytes, dash: bytes) -> FormBody | None:
+    at = _first_part(body, dash)
     while at != -1:
         head_end = body.find(b"\r\n\r\n", at)
         part_end = body.find(b"\r\n" + dash, head_end + 2)
@@ -115,7 +178,7 @@ def read_form(body: bytes, content_type: bytes) -> FormBody:
         if head_end - at < MAX_MODEL_BYTES and _MODEL_PART.search(body, at, head_end + 2):
             return _form(body, head_end + 4, part_end)
         at = part_end
-    raise BadRequest("Could not extract model from openai request: 'model'", "Put a field 'model' into the form.")
+    return None
 
 
 def _form(body: bytes, start: int, end: int) -> FormBody:

@@ -75,12 +75,16 @@ class Reply:
         self._stalled: Awaitable[None] | None = None
 
     async def head(self) -> None:
-        """Wait for status and headers. Raises ConnectionBroken."""
-        while not self.begun:
-            if self._broken:
-                raise self._broken
-            self._waiter = self._connection.loop.create_future()
-            await self._waiter
+        """Wait for status and headers. Raises ConnectionBroken. Given up, the reply is closed."""
+        try:
+            while not self.begun:
+                if self._broken:
+                    raise self._broken
+                self._waiter = self._connection.loop.create_future()
+                await self._waiter
+        except BaseException:  # cancelled, most of the time
+            self.close()
+            raise
 
     async def read(self) -> bytes:
         """What has arrived since, at least a byte; b"" at the end. Raises ConnectionBroken once all before the break
@@ -100,6 +104,10 @@ class Reply:
         if self._connection.held and not self.complete:
             self._connection.go_on()
         return self._all_pieces()
+
+    def whole(self) -> bytes | None:
+        """All of its body, if that is here already; else None, and `read` has it."""
+        return self._all_pieces() if self.complete else None
 
     def _all_pieces(self) -> bytes:
         pieces = self.pieces

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from nimhost.errors import UpstreamTimeout
+from nimhost.gateway.deadlines import Deadlines
 from nimhost.gateway.routes import Route
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
-WATCH_AFTER_S = 0.03
-"""Most short requests are over by then, and never pay for a task that watches the client. A client that leaves is
-noticed so much later at most."""
 
 
 class Stoppable(Protocol):
     def stop(self) -> None: ...
+
+
+class Client(Protocol):
+    @property
+    def task(self) -> asyncio.Task[None] | None: ...
+
+    def watch(self, on_leave: Callable[[], None] | None) -> None:
+        """Called when the client leaves; None: nobody wants to know any more."""
+        ...
 
 
 class ClientLeft(Exception):
@@ -32,34 +36,36 @@ class ClientLeft(Exception):
 class Exchange:
     """Use as `with`: raises what it was ended with in place of the cancellation that this caused."""
 
-    def __init__(self, receive: Receive, first_byte_timeout_s: float) -> None:
-        self.uploaded = True
-        """The body of the request has been read: `receive` may be watched."""
+    __slots__ = ("_client", "_deadlines", "_ended", "_idle_timeout_s", "_limit_s", "_loop", "_since", "_task",
+                 "_waiting_for", "keep_alive", "route", "tick")  # fmt: skip
+
+    def __init__(
+        self, client: Client, deadlines: Deadlines, first_byte_timeout_s: float, idle_timeout_s: float
+    ) -> None:
         self.route: Route | None = None
         """Who is being asked, for the error that says who is silent."""
         self.keep_alive: Stoppable | None = None
         """Comments that are sent until the upstream answers."""
-        self._receive = receive
-        self._limit_s = first_byte_timeout_s
+        self.tick = 0
         self._waiting_for = "begin its answer"
         self._ended: Exception | None = None
-        self._watcher: asyncio.Task[None] | None = None
-        self._loop = asyncio.get_running_loop()
+        self._client, self._deadlines = client, deadlines
+        self._limit_s, self._idle_timeout_s = first_byte_timeout_s, idle_timeout_s
 
     def __enter__(self) -> Exchange:
-        task = asyncio.current_task()
+        task = self._client.task
         assert task
-        self._task = task
+        self._task, self._loop = task, task.get_loop()
         self._since = self._loop.time()
-        self._timer = self._loop.call_later(WATCH_AFTER_S, self._tick)
+        self._deadlines.add(self, self._since + min(self._limit_s, self._idle_timeout_s), self._loop)
+        self._client.watch(self._leave)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timer.cancel()
-        if self._watcher:
-            self._watcher.cancel()
+        self._deadlines.discard(self)
+        self._client.watch(None)
         if self.keep_alive:
             self.keep_alive.stop()
         if self._ended is None:
@@ -68,14 +74,11 @@ class Exchange:
         if isinstance(error, asyncio.CancelledError):
             raise self._ended from None
 
-    def upstream_answers(self, idle_timeout_s: float) -> None:
+    def upstream_answers(self) -> None:
         """The head of the reply is here: from now on it is the pauses that count."""
-        self._waiting_for, self._limit_s = "go on with its answer", idle_timeout_s
+        self._waiting_for, self._limit_s = "go on with its answer", self._idle_timeout_s
         if self.keep_alive:
             self.keep_alive.stop()
-        if self._watcher:
-            self._timer.cancel()
-            self._timer = self._loop.call_later(idle_timeout_s, self._tick)
 
     @property
     def timed_out(self) -> bool:
@@ -93,19 +96,14 @@ class Exchange:
             self._ended = why
             self._task.cancel()
 
-    def _tick(self) -> None:
-        if self._watcher is None and self.uploaded:
-            self._watcher = self._loop.create_task(self._watch())
-        silent_s = max(self._loop.time() - self._since, 0.0)
-        if silent_s >= self._limit_s:
-            who = f"Provider {self.route.upstream.provider}" if self.route else "The upstream"
-            hint = "The limits are first_byte_timeout_s and idle_timeout_s in [gateway]."
-            self.end(UpstreamTimeout(f"{who} did not {self._waiting_for} within {self._limit_s:g} s.", hint))
-            return
-        pause_s = self._limit_s - silent_s
-        self._timer = self._loop.call_later(pause_s if self._watcher else min(pause_s, WATCH_AFTER_S), self._tick)
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _leave(self) -> None:
         self.end(ClientLeft())
+
+    def overdue(self, now_s: float) -> float | None:
+        silent_s = max(now_s - self._since, 0.0)
+        if silent_s < self._limit_s:
+            return now_s + min(self._limit_s, self._idle_timeout_s) - min(silent_s, self._idle_timeout_s)
+        who = f"Provider {self.route.upstream.provider}" if self.route else "The upstream"
+        hint = "The limits are first_byte_timeout_s and idle_timeout_s in [gateway]."
+        self.end(UpstreamTimeout(f"{who} did not {self._waiting_for} within {self._limit_s:g} s.", hint))
+        return None

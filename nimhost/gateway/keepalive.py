@@ -32,9 +32,10 @@ class KeepAlive:
 async def _comment(caller: Caller) -> None:
     await asyncio.sleep(PAUSE_S)
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-    await caller.start(200, [*headers, (REQUEST_ID, caller.request_id)])
+    caller.start(200, [*headers, (REQUEST_ID, caller.request_id)])
     while True:
-        await caller.send_piece(COMMENT, True)
+        if wait := caller.write(COMMENT, True):
+            await wait
         await asyncio.sleep(PAUSE_S)
 
 

@@ -8,49 +8,62 @@ request goes to another upstream only if it could not be sent to the first.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Generator
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Generator
 from functools import partial
 from typing import Any
 
 from nimhost.config import Gateway as GatewaySettings
-from nimhost.errors import MethodNotAllowed, NimhostError, NotFound, NotReady, ProviderRefused
+from nimhost.errors import MethodNotAllowed, NimhostError, NotFound, NotReady, ProviderRefused, RequestLoop
 from nimhost.gateway.balance import Standing, choose, is_failure
-from nimhost.gateway.bodies import FormBody, JsonBody, PlainBody, read_form, read_json, read_model
+from nimhost.gateway.bodies import JsonBody, PlainBody, name_in, name_within
 from nimhost.gateway.caller import Caller, ClientLeft, Receive, Scope, Send, Upload
+from nimhost.gateway.deadlines import Deadlines
 from nimhost.gateway.exchange import Exchange
-from nimhost.gateway.headers import COMPRESSION, NOTHING, find, reply_headers, request_headers
+from nimhost.gateway.headers import COMPRESSION, NOTHING, OVERHEAD, find, reply_headers, request_headers
+from nimhost.gateway.incoming import LARGE_BYTES, AnyBody, read_for_model, read_for_provider, read_with_model
 from nimhost.gateway.keepalive import KeepAlive, goes_on, tell_instead
 from nimhost.gateway.paths import Place, is_gateway_path, parse_place
 from nimhost.gateway.replies import model_card, model_list, ready_note
-from nimhost.gateway.routes import Route, RouteTable, Target
+from nimhost.gateway.requestlog import BODY_BYTES, SHOWN_LENGTH
+from nimhost.gateway.routes import HOP, Route, RouteTable, Target
+from nimhost.gateway.scrape import Scrape, scrape
+from nimhost.gateway.traffic import CLIENT_LEFT, CUT_OFF, OUR_FAULT, Traffic
 from nimhost.gateway.translate.pairs import NEEDED
 from nimhost.gateway.translated import Interpreter, Translated
 from nimhost.gateway.upstream import Body, ConnectionBroken, NothingSent, Reply, UpstreamPool, broken_off
-from nimhost.gateway.watch import Watch, WatchRequest
 from nimhost.refs import Ref
 
 __all__ = ["Gateway", "is_gateway_path"]
 
 BODY_LIMIT_BYTES = 50_000_000
 REFUSAL_BYTES = 500
+_HOP = HOP.encode()
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 Targets = tuple[Target, ...]
 Request = tuple[Route, str, str, bytes, bytes, Body]
-AnyBody = JsonBody | FormBody | PlainBody | Upload | None
 
 
 class Gateway:
-    """`table` is replaced as a whole, at any time; a request keeps the one it began with."""
+    """`table` is replaced as a whole, at any time; a request keeps the one it was sent with."""
 
     def __init__(self, settings: GatewaySettings, *, body_limit_bytes: int = BODY_LIMIT_BYTES) -> None:
-        self.watch: WatchRequest | None = None
+        self.traffic = Traffic(log_bodies=settings.log_bodies)
         self._table = RouteTable()
         self._settings = settings
+        self.hop = secrets.token_hex(8)
+        """Marks what we send on, so that it is known should it come back. A new one each time: it names nobody."""
         self._body_limit_bytes = body_limit_bytes
         self._pool = UpstreamPool(settings.connect_timeout_s)
+        self._deadlines = Deadlines()
         self.standings: dict[Ref, Standing] = {}
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called when the last request to an address ended that the table does not have any more."""
+        self._left: dict[str, Standing] = {}
+        """By address: what is not in the table any more, and still has requests."""
 
     @property
     def table(self) -> RouteTable:
@@ -58,29 +71,62 @@ class Gateway:
 
     @table.setter
     def table(self, table: RouteTable) -> None:
-        """How a provider did so far stays known as long as there is a provider of that name."""
-        self._table = table
-        self.standings = {ref: self.standings.get(ref) or Standing() for ref in table.providers}
+        """How a provider did so far stays known as long as there is a provider of that name at that address."""
+        before, self._table = self.standings, table
+        urls = {ref: target.route.upstream.base_url for ref, target in table.providers.items()}
+        self.standings = {ref: _standing_at(url, before.get(ref), self._left) for ref, url in urls.items()}
+        for ref, standing in before.items():
+            if standing.under_way and self.standings.get(ref) is not standing:
+                standing.on_idle = self._forget
+                self._left[standing.url] = standing
+
+    def is_busy(self, base_url: str) -> bool:
+        """Are requests under way to that address?"""
+        return base_url in self._left or any(s.under_way and s.url == base_url for s in self.standings.values())
+
+    def _forget(self, standing: Standing) -> None:
+        self._left.pop(standing.url, None)
+        self.on_idle()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        caller = Caller(scope, receive, send, self._body_limit_bytes)
+        caller, own = Caller(scope, receive, send, self._body_limit_bytes), None
         try:
+            if _HOP in caller.fields:
+                self._refuse_loop(caller)
             place = parse_place(scope["path"])
             if caller.method not in _METHODS:
                 raise MethodNotAllowed("Method Not Allowed")
             if own := self._own_reply(place, caller.method):
                 await caller.answer(200, [(b"content-type", b"application/json")], own)
-            elif self.watch:
-                await self._watched(caller, place, self.watch(caller, place))
             else:
-                await self._forward(caller, place, None)
+                await self._forward(caller, place)
         except ClientLeft:
-            return
+            caller.record.error = CLIENT_LEFT
         except NimhostError as error:
             await caller.fail(error)
+        except BaseException as error:
+            caller.record.error = OUR_FAULT if isinstance(error, Exception) else CUT_OFF
+            raise
+        finally:
+            if caller.held:
+                caller.held.let_go()
+            if not own:
+                self.traffic.end(caller)
+
+    async def engine_metrics(self) -> Scrape:
+        """What the engines that run here tell of themselves."""
+        return await scrape(self._pool, self.table.providers.values())
 
     async def close(self) -> None:
+        self._deadlines.close()
         await self._pool.close()
+
+    def _refuse_loop(self, caller: Caller) -> None:
+        if (_HOP, self.hop.encode()) in caller.headers:
+            raise RequestLoop(
+                "This request has come back to the nimhost that sent it on: the host_url of a provider leads here.",
+                "See which: nimhost inference providers list",
+            )
 
     # --- what the gateway answers itself
 
@@ -94,9 +140,9 @@ class Gateway:
             return None
         workspace, name = place.workspace if place.kind == "openai" else None, name[1:]
         if not name:
-            return model_list(self.table.reachable(workspace))
+            return model_list(self.table.reachable(workspace), self.table.created)
         targets = self.table.any_model(name) if workspace is None else self.table.model(workspace, name)
-        return model_card(targets[0].ref)
+        return model_card(targets[0].ref, self.table.created)
 
     def _ready(self, ref: Ref) -> bytes:
         try:
@@ -104,22 +150,18 @@ class Gateway:
         except NotReady as error:
             raise NotFound(f"Provider not ready: {error.message}", error.hint) from None
         if not upstream.proven:
-            raise NotFound(f"Provider not ready: {ref} has not answered yet.", "See: nimhost ps")
+            why = upstream.message or f"{ref} has not answered yet."
+            raise NotFound(f"Provider not ready: {why}", "See: nimhost ps")
         return ready_note(ref, upstream.base_url)
 
     # --- what it passes on
 
-    async def _watched(self, caller: Caller, place: Place, watch: Watch) -> None:
-        try:
-            await self._forward(caller, place, watch)
-        except BaseException as error:
-            watch.ended(error if isinstance(error, Exception) else ClientLeft())
-            raise
-        watch.ended(None)
-
-    async def _forward(self, caller: Caller, place: Place, watch: Watch | None) -> None:
+    async def _forward(self, caller: Caller, place: Place) -> None:
         targets, body = await self._destination(caller, place)
-        with Exchange(caller.receive, self._settings.first_byte_timeout_s) as exchange:
+        if self._settings.log_bodies:
+            self._keep_bodies(caller, body)
+        limits = self._settings
+        with Exchange(caller, self._deadlines, limits.first_byte_timeout_s, limits.idle_timeout_s) as exchange:
             if isinstance(body, Upload):
                 body.begin(exchange)
             elif self._settings.keepalive_comments and body and body.streams:
@@ -128,12 +170,16 @@ class Gateway:
             while True:
                 target = left[0] if len(left) == 1 else self._choose(left)
                 try:
-                    await self._carry(caller, place.tail, target, body, exchange, watch)
+                    await self._carry(caller, place.tail, target, body, exchange)
                     return
                 except NothingSent as failed:
                     left = tuple(other for other in left if other is not target)
                     if not left:
                         raise failed.error from None
+
+    def _keep_bodies(self, caller: Caller, body: AnyBody) -> None:
+        raw = b"" if body is None or isinstance(body, Upload) else body.raw
+        caller.record.request_body, caller.record.reply_body = raw[:BODY_BYTES], bytearray()
 
     def _choose(self, targets: Targets) -> Target:
         standings = [(target.priority, self._standing(target)) for target in targets]
@@ -142,9 +188,7 @@ class Gateway:
     def _standing(self, target: Target) -> Standing:
         return self.standings.get(target.route.upstream.provider) or Standing()
 
-    async def _carry(
-        self, caller: Caller, tail: str, target: Target, body: AnyBody, exchange: Exchange, watch: Watch | None
-    ) -> None:
+    async def _carry(self, caller: Caller, tail: str, target: Target, body: AnyBody, exchange: Exchange) -> None:
         """One upstream is asked, and its reply passed on, in translation if it does not speak the client's format.
 
         Raises NothingSent if it cannot be reached.
@@ -153,7 +197,10 @@ class Gateway:
         exchange.route = route
         needed, between = NEEDED[target.speaks].get(tail), None
         if needed and isinstance(body, JsonBody):
-            between = Interpreter(needed, caller, body, target)
+            if len(body.raw) < LARGE_BYTES:
+                between = Interpreter(needed, caller, body, target)
+            else:
+                between = await asyncio.to_thread(Interpreter, needed, caller, body, target)
             url, query, headers, sent = between.asked
         else:
             url, query = route.url(tail), caller.query
@@ -163,17 +210,23 @@ class Gateway:
         standing = self._standing(target)
         probe = standing.begin()
         try:
-            if watch:
-                watch.sent(target)
+            self.traffic.send(caller.record, target if target.served_name else self._named(target, body))
             reply = await self._send((route, caller.method, url, query, headers, sent), standing, exchange)
             try:
-                await self._relay(caller, reply, route, exchange, watch, between)
+                await self._relay(caller, reply, route, exchange, between)
             finally:
                 reply.close()
         except ConnectionBroken as error:
             raise broken_off(error, route) from None
         finally:
             standing.end(probe)
+
+    def _named(self, target: Target, body: AnyBody) -> Target:
+        """For whoever counts: which model it is that a provider is asked for on its own route, if it is a known one."""
+        if isinstance(body, JsonBody):
+            return self._table.called(name_in(body), target)
+        raw = body.raw if isinstance(body, PlainBody) else body.first_piece if isinstance(body, Upload) else b""
+        return self._table.called(name_within(raw), target) if raw else target
 
     async def _send(self, request: Request, standing: Standing, exchange: Exchange) -> Reply:
         """Waits for the head of the reply, and remembers how the upstream did."""
@@ -195,35 +248,23 @@ class Gateway:
     # --- where to, and with what
 
     async def _destination(self, caller: Caller, place: Place) -> tuple[Targets, AnyBody]:
+        """By the table as it is when the body is here: an engine without requests may be gone a moment later."""
         table, with_body = self._table, caller.method in _WITH_BODY
         if place.kind == "provider":
             target = table.provider(place.workspace, place.name)
             target.route.url(place.tail)  # refused before a byte of the body is read
-            return (target,), await self._provider_body(caller, target.route) if with_body else None
+            looks = self._settings.keepalive_comments
+            sent = await read_for_provider(caller, target.route, may_stream=looks) if with_body else None
+            return (target if table is self._table else self._table.provider(place.workspace, place.name),), sent
         if place.kind == "model":
             targets = table.model(place.workspace, place.name)
-            return targets, read_json(await caller.read()) if with_body else None
-        body = await self._body_with_model(caller)
-        model = body.model or ""
+            body = await read_for_model(caller) if with_body else None
+            return targets if table is self._table else self._table.model(place.workspace, place.name), body
+        said = await read_with_model(caller)
+        model, table = said.model or "", self._table
+        caller.record.asked = model[:SHOWN_LENGTH]
         targets = table.any_model(model) if place.kind == "short" else table.model(place.workspace, model)
-        return targets, body if with_body else None
-
-    async def _body_with_model(self, caller: Caller) -> JsonBody | FormBody:
-        kind = caller.fields.get(b"content-type", b"")
-        body = await caller.read()
-        return read_form(body, kind) if kind[:19].lower() == b"multipart/form-data" else read_model(body)
-
-    async def _provider_body(self, caller: Caller, route: Route) -> AnyBody:
-        """As it came, streamed if it comes in pieces; read whole only if there is something to look for."""
-        look_inside = route.merges or self._settings.keepalive_comments
-        if look_inside and b"json" in caller.fields.get(b"content-type", b"json"):
-            body = await caller.read()
-            try:
-                return read_json(body)
-            except NimhostError:
-                return PlainBody(body)
-        piece, more = await caller.read_piece()
-        return Upload(caller, piece) if more else PlainBody(piece)
+        return targets, said if with_body else None
 
     # --- the reply
 
@@ -233,41 +274,52 @@ class Gateway:
         reply: Reply,
         route: Route,
         exchange: Exchange,
-        watch: Watch | None,
         between: Interpreter | None,
     ) -> None:
-        exchange.upstream_answers(self._settings.idle_timeout_s)
+        record = caller.record
+        record.head_at_s = time.perf_counter()
+        exchange.upstream_answers()
         if reply.status in (401, 403) and route.upstream.policy == "external":
             raise await _refusal(reply, route)
         answer: Reply | Translated = reply
         if between:
             exchange.upstreams_turn()
             answer = await between.reply(reply)
+            record.head_at_s = time.perf_counter()  # a reply that is no stream came whole in between
         headers = reply_headers(answer.headers, caller.request_id)
-        if watch:
-            watch.answered(answer.status, headers)
+        headers.append((OVERHEAD, b"%.3f" % record.overhead_ms(time.perf_counter())))
         if not caller.begun:
-            await caller.start(answer.status, headers)
+            caller.start(answer.status, headers)
         elif not goes_on(answer):
             await tell_instead(answer, route)
         if answer is reply:
-            reply.taker = partial(_pass_on, caller, exchange, watch)
+            if (whole := reply.whole()) is not None:
+                caller.write(whole, False)
+                return
+            reply.taker = partial(_pass_on, caller, exchange)
+        caller.flush_soon()
         more = True
         while more:
             exchange.upstreams_turn()
             piece = await answer.read()
             more = not answer.complete
             exchange.clients_turn()
-            if watch:
-                watch.piece(piece)
-            await caller.send_piece(piece, more)
+            if wait := caller.write(piece, more):
+                await wait
 
 
-def _pass_on(caller: Caller, exchange: Exchange, watch: Watch | None, piece: bytes) -> Awaitable[None] | None:
+def _standing_at(url: str, before: Standing | None, left: dict[str, Standing]) -> Standing:
+    """What is known of an address: the standing before, or the one that has left and comes back."""
+    if before is not None and before.url == url:
+        return before
+    standing = left.pop(url, None) or Standing(url)
+    standing.on_idle = None
+    return standing
+
+
+def _pass_on(caller: Caller, exchange: Exchange, piece: bytes) -> Awaitable[None] | None:
     """A piece, as soon as it comes. What is returned is to be awaited: the client does not keep up."""
-    if watch:
-        watch.piece(piece)
-    rest = caller.push(piece)
+    rest = caller.write(piece, True)
     exchange.upstreams_turn()
     return _Patience(rest, exchange) if rest else None
 
@@ -290,7 +342,8 @@ async def _refusal(reply: Reply, route: Route) -> ProviderRefused:
     while not reply.complete and len(said) < REFUSAL_BYTES:
         said += await reply.read()
     said += await reply.read() if reply.complete else b""
-    text = said[:REFUSAL_BYTES].decode("utf-8", "replace") if not find(reply.headers, b"content-encoding") else ""
+    compressed = find(reply_headers(reply.headers, b""), b"content-encoding")
+    text = said[:REFUSAL_BYTES].decode("utf-8", "replace") if not compressed else ""
     for _, value in route.set_headers:
         for secret in (value, value.rpartition(" ")[2]):
             text = text.replace(secret, "***") if secret else text

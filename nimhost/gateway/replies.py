@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import msgspec
 
@@ -38,7 +39,7 @@ def error_event(error: NimhostError, path: str) -> bytes:
     if path.endswith(ANTHROPIC_PATHS):
         return b"event: error\ndata: %b\n\n" % msgspec.json.encode(_envelope(error, status, path))
     if path.endswith("/v1/responses"):
-        said = {"type": "error", "code": _code(error), "message": _sentence(error), "param": None}
+        said = {"type": "error", "code": kind_of(error), "message": _sentence(error), "param": None}
         return b"event: error\ndata: %b\n\n" % msgspec.json.encode(said)
     return b"data: %b\n\n" % msgspec.json.encode(_envelope(error, status, path))
 
@@ -46,7 +47,7 @@ def error_event(error: NimhostError, path: str) -> bytes:
 def _envelope(error: NimhostError, status: int, path: str) -> dict[str, object]:
     if path.endswith(ANTHROPIC_PATHS):
         return anthropic_error(status, _sentence(error))
-    return openai_error(status, _sentence(error), _code(error))
+    return openai_error(status, _sentence(error), kind_of(error))
 
 
 def _retry_is_harmful(error: NimhostError) -> bool:
@@ -54,8 +55,14 @@ def _retry_is_harmful(error: NimhostError) -> bool:
     return error.final or isinstance(error, NotReady | UpstreamTimeout)
 
 
-def _code(error: NimhostError) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
+def kind_of(error: NimhostError) -> str:
+    """`NotFound` is `not_found`: OpenAI's `code`, and what errors are counted by."""
+    return _in_snake_case(type(error).__name__)
+
+
+@cache
+def _in_snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def _sentence(error: NimhostError) -> str:
@@ -65,17 +72,18 @@ def _sentence(error: NimhostError) -> str:
     return f"{error.message}{end} {error.hint}"
 
 
-def model_list(refs: Sequence[Ref]) -> bytes:
-    return msgspec.json.encode({"object": "list", "data": [_card(ref) for ref in refs]})
+def model_list(refs: Sequence[Ref], created: Mapping[Ref, int]) -> bytes:
+    """`created`: Unix times in seconds."""
+    return msgspec.json.encode({"object": "list", "data": [_card(ref, created) for ref in refs]})
 
 
-def model_card(ref: Ref) -> bytes:
-    return msgspec.json.encode(_card(ref))
+def model_card(ref: Ref, created: Mapping[Ref, int]) -> bytes:
+    return msgspec.json.encode(_card(ref, created))
 
 
 def ready_note(ref: Ref, host_url: str) -> bytes:
     return msgspec.json.encode({"ready": True, "provider": str(ref), "host_url": host_url})
 
 
-def _card(ref: Ref) -> dict[str, object]:
-    return {"id": str(ref), "object": "model", "created": 0, "owned_by": ref.workspace}
+def _card(ref: Ref, created: Mapping[Ref, int]) -> dict[str, object]:
+    return {"id": str(ref), "object": "model", "created": created.get(ref, 0), "owned_by": ref.workspace}

@@ -19,10 +19,12 @@ from msgspec import Raw, Struct
 from nimhost.entities import BackendFormat, ServedModel
 from nimhost.errors import InvalidRequest, NimhostError, NotFound, NotReady
 from nimhost.gateway.paths import Policy, target_url
-from nimhost.refs import DEFAULT_WORKSPACE, NAME_RULE, Ref, is_name
+from nimhost.refs import DEFAULT_WORKSPACE, NAME_RULE, Ref, is_adapter_name, is_name
 
 NEAR_CANDIDATES = 60
 """So many names are compared for "did you mean": difflib takes some 20 µs for each."""
+HOP = "x-nimhost-hop"
+"""Header that names whom a request went through, once for each."""
 SPEAK_BOTH: frozenset[Policy] = frozenset({"vllm"})
 """Engines that serve OpenAI's chat and Anthropic's messages themselves."""
 
@@ -48,6 +50,10 @@ class Upstream(Struct, frozen=True, kw_only=True):
     """It has answered when asked what it serves: what `/ready` tells. Requests are sent to it before that, too."""
     served: tuple[ServedModel, ...] = ()
     """`model_entity_id` is `workspace/` and whatever a client may call it there: `name`, or `ws--adapter`."""
+    hop: str = ""
+    """What marks requests to it as sent on by us. Only for what is elsewhere, which may lead back here."""
+    absent: dict[str, str | None] = {}
+    """Adapters that it is not to be asked for -> why they wait, or None for those that nobody wants any more."""
 
     def __repr__(self) -> str:
         return f"Upstream({self.provider}, {self.base_url}, {self.policy}, ready={self.ready})"
@@ -73,6 +79,12 @@ class Route(Struct, frozen=True, kw_only=True, eq=False):
 
     def __repr__(self) -> str:
         return f"Route({self.upstream!r})"
+
+    def check_adapter(self, name: str) -> None:
+        """For a model that the provider's route was asked for. Raises NotReady, NotFound for an absent adapter."""
+        if name in self.upstream.absent:
+            reason, ref = self.upstream.absent[name], Ref(self.upstream.provider.workspace, name)
+            raise NotFound(f"Model entity not found for {ref}", _SEE_MODELS) if reason is None else _waits(ref, reason)
 
     def url(self, tail: str) -> str:
         """Raises what `paths.target_url` raises."""
@@ -103,6 +115,12 @@ class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
     """Models that something is to serve but does not yet, with the reason."""
     known: frozenset[Ref] = frozenset()
     """All model entities."""
+    aliases: dict[Ref, Ref] = {}
+    """Other names that lead nowhere -> the model that they stand for."""
+    idle_adapters: dict[Ref, str] = {}
+    """Adapters that nothing is to serve -> why."""
+    created: dict[Ref, int] = {}
+    """When those in `models` were made: Unix time in seconds."""
     served_ids: dict[str, tuple[Ref, ...]] = {}
     """What engines and providers call a model -> the models of ours."""
     workspaces: frozenset[str] = frozenset()
@@ -144,6 +162,15 @@ class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
             return self._by_served_id(model, ids)
         raise self._missing(ref)
 
+    def called(self, served_name: str, target: Target) -> Target:
+        """Whom a provider's own route leads to, under the model that is asked for there: `target` itself if there is
+        none of that name."""
+        for ref in self.served_ids.get(served_name, ()):
+            for found in self.models.get(ref, ()):
+                if found.served_name == served_name and found.route is target.route:
+                    return found
+        return target
+
     def reachable(self, workspace: str | None = None) -> list[Ref]:
         """Models that can be reached now, sorted. Raises NotFound for a workspace that does not exist."""
         if workspace is not None:
@@ -153,12 +180,16 @@ class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
     def _by_served_id(self, served_name: str, ids: tuple[Ref, ...]) -> tuple[Target, ...]:
         found = [target for ref in ids for target in self.models.get(ref, ()) if target.served_name == served_name]
         providers = {target.route.upstream.provider for target in found}
+        if len({target.ref for target in found}) == 1:
+            return self.models[found[0].ref]  # one entity, however many serve it
+        if found and is_adapter_name(served_name):
+            return tuple(found)  # the same one wherever it is: there is nothing to choose
         if len(providers) == 1:
             return (found[0],)
         if found:
             names = ", ".join(str(ref) for ref in ids)
             raise InvalidRequest(f"'{served_name}' is served by {len(providers)} providers.", f"Use one of {names}.")
-        raise _not_ready(f"Model {ids[0]}", self.waiting.get(ids[0], ""))
+        raise _waits(ids[0], self.waiting.get(ids[0], ""))
 
     # --- why not: only on the way to an error
 
@@ -186,7 +217,14 @@ class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
 
     def _missing(self, ref: Ref) -> NimhostError:
         if ref in self.waiting:
-            return _not_ready(f"Model {ref}", self.waiting[ref])
+            return _waits(ref, self.waiting[ref])
+        if target := self.aliases.get(ref):
+            why = "which nothing serves" if target in self.known else "which does not exist"
+            return NotFound(f"No providers found for model entity {ref}: it is another name for {target}, {why}.",
+                            f"See: nimhost inference virtual-models get {ref.name}")  # fmt: skip
+        if ref in self.idle_adapters:
+            why = f"No providers found for model entity {ref}: {self.idle_adapters[ref]}"
+            return NotFound(why, _see_adapter(ref))
         if ref in self.known:
             return NotFound(f"No providers found for model entity {ref}", "Deploy it: nimhost deploy --help")
         try:
@@ -202,6 +240,7 @@ class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
 
 
 _SEE_MODELS = "See what can be reached: nimhost inference models list"
+_SEE_PS = "See: nimhost ps"
 _SEE_PROVIDERS = "See: nimhost inference providers list"
 
 
@@ -233,6 +272,11 @@ def build_table(
                 targets.setdefault(ref, []).append(target)
             else:
                 pending.setdefault(ref, route.upstream.message)
+        for name, reason in route.upstream.absent.items():
+            ref = Ref(route.upstream.provider.workspace, name)
+            if reason is not None:
+                pending.setdefault(ref, reason)
+                ids.setdefault(name, {})[ref] = None
     return RouteTable(
         providers={ref: Target(ref, route) for ref, route in routes.items()},
         models={ref: tuple(found) for ref, found in targets.items()},
@@ -247,11 +291,12 @@ def _prepare(upstream: Upstream) -> Route:
     fixed = {name.lower(): value for name, value in upstream.required_headers.items()}
     fixed |= {name.lower(): value for name, value in upstream.headers}
     defaults = {name.lower(): value for name, value in upstream.default_headers.items() if name.lower() not in fixed}
+    marks = [(HOP, upstream.hop)] if upstream.hop else []
     return Route(
         upstream=upstream,
         set_headers=tuple(fixed.items()),
         set_names=frozenset(name.encode() for name in fixed),
-        set_lines=b"".join(_line(name, value) for name, value in fixed.items()),
+        set_lines=b"".join(_line(name, value) for name, value in [*fixed.items(), *marks]),
         default_lines=tuple((name.encode(), _line(name, value)) for name, value in defaults.items()),
         default_body={key: Raw(msgspec.json.encode(value)) for key, value in upstream.default_body.items()},
         required_body={key: Raw(msgspec.json.encode(value)) for key, value in upstream.required_body.items()},
@@ -264,7 +309,24 @@ def _line(name: str, value: str) -> bytes:
 
 
 def _not_ready(what: str, reason: str) -> NotReady:
-    return NotReady(f"{what} is not ready: {reason}" if reason else f"{what} is not ready.", "See: nimhost ps")
+    return NotReady(f"{what} is not ready: {_first_line(reason)}" if reason else f"{what} is not ready.", _SEE_PS)
+
+
+def _first_line(message: str) -> str:
+    """What a client is told of a status: the logs of an engine, which may follow, are for those who look after it."""
+    return message.partition("\n")[0].rstrip()
+
+
+def _waits(ref: Ref, reason: str) -> NotReady:
+    if not is_adapter_name(ref.name):
+        return _not_ready(f"Model {ref}", reason)
+    return NotReady(f"Adapter {ref.name} is not ready: {_first_line(reason)}", _see_adapter(ref))
+
+
+def _see_adapter(ref: Ref) -> str:
+    workspace, _, name = ref.name.partition("--")
+    where = "" if workspace == DEFAULT_WORKSPACE else f" --workspace {workspace}"
+    return f"See: nimhost adapters get {name}{where}"
 
 
 def _check_names(kind: str, ref: Ref) -> None:

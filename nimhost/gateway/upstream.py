@@ -20,6 +20,8 @@ STALE_WITHIN_S = 1.0
 """An upstream that had closed an idle connection before our request came says so within a round trip. What breaks off
 later may have been at work on it, and is not asked again."""
 ADDRESS_TTL_S = 60.0
+LONG_URL = 500
+"""Longer ones are not remembered: clients can think up as many as they like."""
 _PATH_SAFE = "%!$&'()*+,;=:@/-._~"
 
 
@@ -47,7 +49,7 @@ class UpstreamPool:
         `url` is percent-encoded already and `query` raw; both go out as they are. `headers`: lines, each with its end.
         Raises NothingSent if there is no connection to be had, ConnectionBroken if it does not last.
         """
-        origin, path, host = _split(url)
+        origin, path, host = split_url(url)
         if query:
             path += b"?" + query
         head = b"%b %b HTTP/1.1\r\nhost: %b\r\n%b" % (method.encode(), path, host, headers)
@@ -55,7 +57,9 @@ class UpstreamPool:
         if connection:
             sent_at = connection.loop.time()
             try:
-                return await _ask(connection, head, body, method)
+                reply = connection.request(head, body, bodiless=method == "HEAD")
+                await reply.head()
+                return reply
             except ConnectionBroken as error:
                 late = connection.loop.time() - sent_at > STALE_WITHIN_S
                 if late or not error.untouched or not isinstance(body, bytes | None):
@@ -65,7 +69,9 @@ class UpstreamPool:
                 connection = await self._connect(origin)
         except (OSError, TimeoutError) as error:  # ssl.SSLError, socket.gaierror are OSErrors
             raise NothingSent(_unreachable(error, route)) from error
-        return await _ask(connection, head, body, method)
+        reply = connection.request(head, body, bodiless=method == "HEAD")
+        await reply.head()
+        return reply
 
     def now_s(self) -> float:
         return asyncio.get_running_loop().time()
@@ -156,19 +162,12 @@ async def _addresses_of(host: str) -> list[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
-async def _ask(connection: Connection, head: bytes, body: Body, method: str) -> Reply:
-    reply = connection.request(head, body, bodiless=method == "HEAD")
-    try:
-        await reply.head()
-    except BaseException:  # cancelled, most of the time: the request is given up
-        reply.close()
-        raise
-    return reply
-
-
-@lru_cache(maxsize=2048)
-def _split(url: str) -> tuple[Origin, bytes, bytes]:
+def split_url(url: str) -> tuple[Origin, bytes, bytes]:
     """Where to connect to, the path to ask for, and the Host header. A default port is not named in it."""
+    return (_known_split if len(url) <= LONG_URL else _split)(url)
+
+
+def _split(url: str) -> tuple[Origin, bytes, bytes]:
     parts = urlsplit(url)
     host, secure = parts.hostname or "", parts.scheme == "https"
     default = 443 if secure else 80
@@ -177,6 +176,9 @@ def _split(url: str) -> tuple[Origin, bytes, bytes]:
     name = name if port == default else f"{name}:{port}"
     path = quote(parts.path or "/", safe=_PATH_SAFE)
     return Origin(host, port, secure), path.encode(), name.encode("ascii" if name.isascii() else "idna")
+
+
+_known_split = lru_cache(maxsize=2048)(_split)
 
 
 def _trusting_the_system() -> ssl.SSLContext:

@@ -16,9 +16,10 @@ import uvloop
 
 from nimhost.config import Gateway as GatewaySettings
 from nimhost.entities import ServedModel
+from nimhost.gateway.front import Connection
 from nimhost.gateway.proxy import Gateway
+from nimhost.gateway.room import Room
 from nimhost.gateway.routes import Upstream, build_table
-from nimhost.listening import Connection, Room
 from nimhost.refs import Ref
 from tests.fakes.engine import FakeEngine
 from tests.support import eventually

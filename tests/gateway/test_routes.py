@@ -24,8 +24,9 @@ def table() -> RouteTable:
         [
             upstream("local", ("default/qwen", "qwen-served"), ("default/ws--lora", "ws--lora"), policy="vllm"),
             upstream("cloud", ("default/qwen", "qwen3"), ("default/meta-llama-3-1-8b", "meta/llama-3.1-8b")),
-            upstream("other", ("default/both", "both/id"), workspace="w2"),
+            upstream("other", ("w2/both", "both/id"), workspace="w2"),
             upstream("third", ("default/both", "both/id")),
+            upstream("fourth", ("default/both", "named/otherwise")),
             upstream("elsewhere", ("w2/mistral", "mistral"), workspace="w2"),
             upstream("down", ("default/late", "vendor/late"), ready=False, message="PENDING: loads the model"),
         ],
@@ -87,6 +88,17 @@ def test_model_that_nothing_serves_is_404_and_says_so(table: RouteTable) -> None
     assert error.message == "No providers found for model entity default/alone"
 
 
+def test_a_client_is_not_told_the_logs_of_an_engine() -> None:
+    said = 'Container exited with code 1. It needs more memory.\n\nLast log lines:\n  File "/opt/x.py", line 3'
+    down = [upstream("down", ("default/late", "late"), ready=False, message=said, absent={"default--math": said})]
+    found = build_table(down, waiting={Ref("default", "coming"): said})
+    errors = [error_of(found, "default", name) for name in ("late", "coming", "default--math")]
+    with pytest.raises(NotReady) as caught:
+        found.provider("default", "down")
+    for error in (*errors, caught.value):
+        assert error.message.endswith(" is not ready: Container exited with code 1. It needs more memory.")
+
+
 def test_model_of_a_deployment_that_is_not_ready_is_503_with_its_message(table: RouteTable) -> None:
     for name, message in (("coming", "Waits for 2 GPUs."), ("late", "PENDING: loads the model")):
         error = error_of(table, "default", name)
@@ -118,10 +130,16 @@ def test_short_route_takes_a_vendor_id_that_one_provider_serves(table: RouteTabl
     assert (target.ref, target.served_name) == (Ref("default", "meta-llama-3-1-8b"), "meta/llama-3.1-8b")
 
 
-def test_short_route_does_not_choose_between_providers(table: RouteTable) -> None:
+def test_short_route_does_not_choose_between_models(table: RouteTable) -> None:
     error = error_of(table, None, "both/id")
     assert isinstance(error, InvalidRequest)
-    assert "default/both" in (error.hint or "")
+    assert "w2/both, default/both" in (error.hint or "")
+
+
+def test_vendor_id_of_a_model_that_has_several_providers_leads_to_all_of_them(table: RouteTable) -> None:
+    found = table.any_model("named/otherwise")
+    assert found == table.model("default", "both")
+    assert [target.served_name for target in found] == ["both/id", "named/otherwise"]
 
 
 def test_short_route_says_that_a_vendor_id_is_not_ready_yet(table: RouteTable) -> None:
@@ -151,9 +169,9 @@ def test_provider_is_found_or_says_why_not(table: RouteTable) -> None:
 
 def test_reachable_models_are_sorted(table: RouteTable) -> None:
     assert [str(ref) for ref in table.reachable()] == [
-        "default/both", "default/meta-llama-3-1-8b", "default/qwen", "default/ws--lora", "w2/mistral",
+        "default/both", "default/meta-llama-3-1-8b", "default/qwen", "default/ws--lora", "w2/both", "w2/mistral",
     ]  # fmt: skip
-    assert table.reachable("w2") == [Ref("w2", "mistral")]
+    assert table.reachable("w2") == [Ref("w2", "both"), Ref("w2", "mistral")]
 
 
 def test_error_for_one_of_ten_thousand_models_does_not_stop_the_loop() -> None:

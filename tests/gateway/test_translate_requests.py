@@ -266,6 +266,28 @@ def test_what_a_chat_cannot_have_there_is_refused_by_name(chat: Json, says: str)
         to_messages({"model": "m", "messages": HI} | chat)
 
 
+@pytest.mark.parametrize(
+    ("turns", "says"),
+    [
+        ([], "nothing to answer"),
+        ([{"role": "system", "content": "Be brief."}], "nothing to answer"),
+        ([{"role": "user", "content": ""}], r"messages\[0\].content: is empty"),
+        ([{"role": "user", "content": None}], r"messages\[0\].content: is empty"),
+        ([{"role": "user", "content": [{"type": "text", "text": ""}]}], r"messages\[0\].content: is empty"),
+        ([*HI, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": ""}], r"messages\[2\].content"),
+    ],
+)
+def test_a_chat_in_which_the_user_says_nothing_is_refused_before_it_is_sent(turns: list[Json], says: str) -> None:
+    with pytest.raises(BadRequest, match=says):
+        to_messages({"model": "m", "messages": turns})
+
+
+def test_an_answer_without_text_is_left_out_as_it_says_nothing() -> None:
+    turns = [*HI, {"role": "assistant", "content": ""}, {"role": "user", "content": "Well?"}]
+    (turn,) = to_messages({"model": "m", "messages": turns}).body["messages"]
+    assert [block["text"] for block in turn["content"]] == [HI[0]["content"], "Well?"]
+
+
 # --- the other way
 
 USE = {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Paris"}}

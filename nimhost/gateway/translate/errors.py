@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from nimhost.gateway.bodies import UNREADABLE
 from nimhost.gateway.translate.fields import Json
 
 TYPES = {
@@ -63,7 +64,7 @@ def _plain(said: object) -> str:
 def _said(body: bytes) -> tuple[str, object]:
     try:
         found = msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeError):
+    except UNREADABLE:
         return body[:TEXT_LENGTH].decode("utf-8", "replace").strip(), None
     inner = found.get("error") or found.get("detail") or found
     message, code = message_of_error(inner)

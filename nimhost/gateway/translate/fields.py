@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from nimhost.errors import BadRequest
+from nimhost.gateway.bodies import UNREADABLE
 
 Json = dict[str, Any]
 
@@ -77,7 +78,7 @@ def read_arguments(text: str) -> Json:
     """The arguments of a tool call as an object, whatever a model wrote."""
     try:
         found = msgspec.json.decode(text or "{}")
-    except (msgspec.DecodeError, UnicodeError):
+    except UNREADABLE:
         return {INVALID_JSON: text}
     return found if isinstance(found, dict) else {INVALID_JSON: text}
 

@@ -14,8 +14,7 @@ import msgspec
 from msgspec import Raw
 
 from nimhost.entities import BackendFormat
-from nimhost.errors import BadRequest
-from nimhost.gateway.bodies import JsonBody
+from nimhost.gateway.bodies import UNREADABLE, JsonBody, unreadable
 from nimhost.gateway.paths import target_url
 from nimhost.gateway.routes import Route, Target
 from nimhost.gateway.translate.errors import error_of_chat, error_of_messages
@@ -31,6 +30,8 @@ DEFAULT_MAX_TOKENS = 16_384
 """For a client of OpenAI's that sets no limit: Anthropic's API insists on one, and every current model allows this."""
 DEFAULT_VERSION = b"anthropic-version: 2023-06-01\r\n"
 """For a provider whose extra headers name none: the wire that is written here, sampling parameters included."""
+_decode, _items = msgspec.json.Decoder().decode, msgspec.json.Decoder(list[Raw]).decode
+_encode = msgspec.json.Encoder().encode
 _NEWER_LIMIT_HOSTS = ("api.openai.com", ".openai.azure.com")
 """Their newer models refuse `max_tokens`; everybody else's know it best."""
 
@@ -58,11 +59,11 @@ class Translation(NamedTuple):
     def request(self, body: JsonBody, target: Target) -> tuple[bytes, Json, tuple[str, ...]]:
         """What is sent, the client's request as it was read, and the fields that were left out. Raises BadRequest."""
         try:
-            read = msgspec.json.decode(body.raw, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeError) as error:
-            raise BadRequest(f"Invalid request body: {error}") from None
-        asked = self.ask(read, target.route)
-        members = {name: Raw(msgspec.json.encode(value)) for name, value in asked.body.items()}
+            read = {name: _read(value) for name, value in body.members.items()}
+            asked = self.ask(read, target.route)
+            members = {name: Raw(_write(value)) for name, value in asked.body.items()}
+        except UNREADABLE as error:
+            raise unreadable(error) from None
         return JsonBody(b"", members, None).for_target(target), read, asked.ignored
 
     def headers(self, lines: bytes) -> bytes:
@@ -70,6 +71,15 @@ class Translation(NamedTuple):
         if self.tail != MESSAGES or b"\r\nanthropic-version:" in lines:
             return lines
         return lines + DEFAULT_VERSION
+
+
+def _read(value: Raw) -> Any:
+    """A list item by item: a thread that reads a long conversation lets the others have their turn in between."""
+    return [_decode(item) for item in _items(value)] if bytes(memoryview(value)[:1]) == b"[" else _decode(value)
+
+
+def _write(value: object) -> bytes:
+    return b"[%b]" % b",".join(map(_encode, value)) if isinstance(value, list) else _encode(value)
 
 
 MESSAGES = "v1/messages"

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from nimhost.errors import NotSupported, UpstreamError
+from nimhost.gateway.bodies import UNREADABLE
 from nimhost.gateway.translate.fields import Json, as_dict, as_dicts, as_int, as_str, read_arguments, write_arguments
 
 FINISH_REASONS = {
@@ -31,7 +32,7 @@ def read_reply(body: bytes) -> Json:
     """Raises UpstreamError for what is no JSON object."""
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except UNREADABLE as error:
         raise UpstreamError(f"The upstream's reply could not be read: {error}") from None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from nimhost.errors import UpstreamError
+from nimhost.gateway.bodies import UNREADABLE
 from nimhost.gateway.translate.fields import Json
 from nimhost.gateway.translate.sse import Events
 
@@ -62,5 +63,5 @@ def read_event(data: bytes) -> Json:
     """Raises UpstreamError."""
     try:
         return _decode(data)
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except UNREADABLE as error:
         raise UpstreamError(f"The upstream sent an event that could not be read: {error}") from None

@@ -72,10 +72,14 @@ def _conversation(messages: list[object]) -> tuple[list[Json], list[Json]]:
         side, blocks = _turn(message, where)
         if side == "system":
             system += blocks
+        elif side == "user" and not blocks:
+            raise refusal(f"{where}.content", "is empty, which Anthropic's API, which this model speaks, refuses.")
         elif turns and turns[-1]["role"] == side:
             turns[-1]["content"] += blocks
         elif blocks:
             turns.append({"role": side, "content": blocks})
+    if not turns:
+        raise refusal("messages", "there is nothing to answer: a user's message is needed.")
     return system, turns
 
 
