@@ -14,9 +14,13 @@ class Prepare(Struct, frozen=True, tag=True):
 
 
 class Start(Struct, frozen=True, tag=True):
-    """`utilization`: the fraction of each GPU that the engine is told to take; None: as it does by itself."""
+    """Start the version `hash`: the wish, or the previous one.
+
+    `utilization`: the fraction of each GPU that the engine is told to take; None: as it does by itself.
+    """
 
     gpu_ids: tuple[str, ...]
+    hash: str
     utilization: float | None = None
 
 

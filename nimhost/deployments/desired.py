@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from nimhost.deployments.fit import ask_of
+from nimhost.deployments.storage import Weights, ref_in, weights_in
 from nimhost.engines.order import ChatOrder, HostFacts, ModelOrder, Order
 from nimhost.engines.recipes import image_for, needs_weights
 from nimhost.engines.spec import spec_hash
 from nimhost.entities import (
+    Deployment,
     DeploymentConfig,
     DeploymentStatus,
     DeployModelSpec,
     Entity,
     Fileset,
-    HuggingFaceStorage,
     LocalStorage,
     Model,
 )
@@ -26,32 +27,10 @@ from nimhost.errors import NimhostError
 from nimhost.models.memory import GIB, Ask
 from nimhost.models.spec import chat_of, spec_of
 from nimhost.refs import Ref, is_name
+from nimhost.runs import Run
 
 Find = Callable[[str, str, str], Entity | None]
 """(kind, workspace, name) -> the row, or None."""
-
-
-class HubWeights(Struct, frozen=True, kw_only=True):
-    """Weights that come from a Hugging Face repository."""
-
-    repo_id: str
-    revision: str
-    repo_type: str
-    endpoint: str | None
-    token_secret: Ref | None
-    branch: str | None = None
-    """What `revision` was when the fileset was made, if it is the commit that this stood for then."""
-
-
-class LocalWeights(Struct, frozen=True, kw_only=True):
-    """Weights in a directory of this machine: a fileset's own, or a user's by reference."""
-
-    directory: str | None
-    """None: where the file storage keeps the files of `fileset`."""
-    fileset: Ref
-
-
-Weights = HubWeights | LocalWeights
 
 
 class Desired(Struct, frozen=True, kw_only=True):
@@ -66,6 +45,10 @@ class Desired(Struct, frozen=True, kw_only=True):
     """How its engine will use GPU memory; None where that is not known."""
     problem: str | None = None
     """Why it cannot be started as it is: a reference that is missing, a wish that makes no sense."""
+    config_version: int = 0
+    """Of the config that it follows."""
+    previous: Desired | None = None
+    """The version that served before this one, as it was wished then; None when there is none, or it is not known."""
 
     @property
     def ref(self) -> Ref:
@@ -75,6 +58,15 @@ class Desired(Struct, frozen=True, kw_only=True):
     def status(self) -> DeploymentStatus:
         status: DeploymentStatus = self.entity.status
         return status
+
+    @property
+    def run(self) -> Run:
+        """What is known about bringing up this very wish."""
+        return self.status.run.of(self.hash, self.entity.version, self.config_version)
+
+    def at(self, hash: str) -> Desired:
+        """The version that runs under this hash."""
+        return self.previous if self.previous is not None and self.previous.hash == hash else self
 
     @property
     def deleting(self) -> bool:
@@ -95,18 +87,38 @@ class Desired(Struct, frozen=True, kw_only=True):
         return None if share_gib is None else int(share_gib * GIB)
 
 
-def join(entity: Entity, config: DeploymentConfig | None, find: Find, host: HostFacts) -> Desired:
+def join(
+    entity: Entity, config: DeploymentConfig | None, find: Find, host: HostFacts, config_version: int = 0
+) -> Desired:
     """`entity` with what it refers to; `config` is the wish of the version it follows, None when it is gone."""
     if config is None:
-        return Desired(entity=entity, problem=f"Deployment config '{entity.wish.config}' does not exist.")
+        there = find("deployment-configs", entity.workspace, entity.wish.config) is not None
+        lacks = f"has no version {config_version}" if there else "does not exist"
+        return Desired(entity=entity, problem=f"Deployment config '{entity.wish.config}' {lacks}.")
     order = _order(entity, config, find)
-    desired = Desired(entity=entity, order=order, hash=wish_hash(entity, config, order.model))
+    hash = wish_hash(entity, config, order.model)
+    desired = Desired(entity=entity, order=order, hash=hash, config_version=config_version)
     try:
         image = image_for(order, host)
         problem, weights = _weights(order, host, _resolved_commit(desired))
     except NimhostError as error:
         return msgspec.structs.replace(desired, problem=error.message)
     return msgspec.structs.replace(desired, image=image, weights=weights, ask=ask_of(order, host), problem=problem)
+
+
+def join_previous(
+    d: Desired, run: Run, wish: Deployment, config: DeploymentConfig, find: Find, host: HostFacts
+) -> Desired:
+    """The version of `d` that was run as `run` says: its own wish, whether it is to run at all from `d`.
+
+    It was resolved when it first started, so that nothing it refers to can be missing.
+    """
+    wish = msgspec.structs.replace(wish, desired=d.entity.wish.desired, deleting=d.entity.wish.deleting)
+    status = msgspec.structs.replace(d.status, run=run)
+    entity = msgspec.structs.replace(d.entity, version=run.version, wish=wish, status=status)
+    found = join(entity, config, find, host, run.config_version)
+    image = (run.resolved or {}).get("image", found.image)
+    return msgspec.structs.replace(found, hash=run.spec_hash, image=image, weights=None, problem=None)
 
 
 def model_ref(spec: DeployModelSpec, workspace: str) -> Ref | None:
@@ -168,7 +180,7 @@ def _config_model_ref(config: DeploymentConfig, workspace: str) -> Ref | None:
 
 def _model_order(entity: Entity, find: Find) -> ModelOrder:
     model: Model = entity.wish
-    fileset = _split(model.fileset, entity.workspace)
+    fileset = ref_in(model.fileset, entity.workspace)
     found = find("filesets", *fileset) if fileset else None
     storage: Fileset | None = found.wish if found else None
     template, tools = chat_of(entity, storage)
@@ -182,17 +194,9 @@ def _model_order(entity: Entity, find: Find) -> ModelOrder:
     )
 
 
-def _split(text: str | None, workspace: str) -> Ref | None:
-    if not text:
-        return None
-    first, slash, rest = text.partition("/")
-    return Ref(first, rest) if slash else Ref(workspace, first)
-
-
 def _resolved_commit(desired: Desired) -> str | None:
     """The commit this very wish was resolved to when it first started."""
-    run = desired.status.run
-    return run.commit if run.spec_hash == desired.hash else None
+    return desired.run.commit
 
 
 def _weights(order: Order, host: HostFacts, commit: str | None) -> tuple[str | None, Weights | None]:
@@ -209,25 +213,7 @@ def _weights(order: Order, host: HostFacts, commit: str | None) -> tuple[str | N
         return f"Model {model.ref} has no fileset, so there are no weights to serve.", None
     if model.storage is None:
         return f"Fileset '{model.fileset}' of model {model.ref} does not exist.", None
-    return weights_in(model.fileset, model.storage, commit or order.revision)
-
-
-_UNSUPPORTED: Mapping[str, str] = {"NgcStorage": "Weights from NGC storage are not supported yet."}
-
-
-def weights_in(fileset: Ref, storage: Any, revision: str | None) -> tuple[str | None, Weights | None]:
-    """(why the files of a fileset cannot be had, where they are)."""
-    match storage:
-        case HuggingFaceStorage():
-            return None, HubWeights(
-                repo_id=storage.repo_id,
-                revision=revision or storage.revision,
-                repo_type=storage.repo_type,
-                endpoint=storage.endpoint,
-                token_secret=_split(storage.token_secret, fileset.workspace),
-                branch=storage.original_revision,
-            )
-        case LocalStorage():
-            return None, LocalWeights(directory=storage.path, fileset=fileset)
-        case _:
-            return _UNSUPPORTED[type(storage).__name__], None
+    if order.revision is not None and isinstance(model.storage, LocalStorage):
+        said = f"model_spec.model_revision is '{order.revision}'"
+        return f"{said}, but fileset '{model.fileset}' is a directory of this machine, which has no revisions.", None
+    return None, weights_in(model.fileset, model.storage, commit or order.revision)

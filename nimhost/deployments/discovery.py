@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Iterable
 
 import httpx
 import msgspec
 from msgspec import Struct
 
+from nimhost.deployments.model_list import ListedModel, read_model_page
 from nimhost.deployments.publish import NO_MODELS, entity_for, write_provider
 from nimhost.entities import Entity, Provider, ProviderStatus, ServedModel
+from nimhost.errors import NimhostError
 from nimhost.store import Store
 
 log = logging.getLogger(__name__)
@@ -19,6 +22,10 @@ log = logging.getLogger(__name__)
 STEADY_INTERVAL_S = 300.0
 RETRY_S = (2.0, 60.0)
 TIMEOUT_S = 15.0
+MOST_PAGES = 50
+PAGE_SIZE = 1000
+"""Asked for once a server has shown that it lists page by page: Anthropic, 20 models at a time by default."""
+_LOOP_DETECTED = 508
 
 
 class Question(Struct, frozen=True, kw_only=True):
@@ -44,19 +51,28 @@ class Discovery:
         self._store = store
         self._on_change = on_change
         self._tasks: dict[str, tuple[Question, asyncio.Task[None]]] = {}
+        self._found: dict[str, str] = {}
+        """The status that was last found out, by the id of the provider."""
         self._client: httpx.AsyncClient | None = None
+        self._opening = asyncio.Lock()
 
     def watch(self, questions: Iterable[Question]) -> None:
-        """Ask exactly these from now on; one whose wish or key changed is asked again at once."""
+        """Ask exactly these from now on; one whose wish or key changed is asked again at once, and so is one that
+        somebody else gave another status."""
         wanted = {q.provider.id: q for q in questions}
         for key, (question, task) in list(self._tasks.items()):
-            if key not in wanted or not _same(question, wanted[key]):
+            if key not in wanted or not _same(question, wanted[key]) or self._is_contradicted(wanted[key].provider):
                 task.cancel()
                 del self._tasks[key]
+                self._found.pop(key, None)
         for key, question in wanted.items():
             if key not in self._tasks:
                 task = asyncio.create_task(self._follow(question), name=f"discovery {question.provider.ref}")
                 self._tasks[key] = (question, task)
+
+    def _is_contradicted(self, provider: Entity) -> bool:
+        stored: str = provider.status.status
+        return self._found.get(provider.id, stored) != stored
 
     async def close(self) -> None:
         tasks = [task for _, task in self._tasks.values()]
@@ -69,10 +85,12 @@ class Discovery:
         pause_s = RETRY_S[0]
         while True:
             status = await self._ask(question)
-            await self._write(question, status)
-            if question.problem is not None:
+            stored = await self._store_status(question, status)
+            if stored:
+                self._found[question.provider.id] = status.status
+            if stored and question.problem is not None:
                 return  # there is nothing to ask until the question changes
-            if status.status == "READY":
+            if stored and status.status == "READY":
                 pause_s = RETRY_S[0]
                 await asyncio.sleep(STEADY_INTERVAL_S)
             else:
@@ -82,13 +100,43 @@ class Discovery:
     async def _ask(self, question: Question) -> ProviderStatus:
         if question.problem is not None:
             return ProviderStatus(status="ERROR", status_message=question.problem)
-        if self._client is None:
-            self._client = httpx.AsyncClient(timeout=TIMEOUT_S)
         try:
-            reply = await self._client.get(question.url, headers=list(question.headers))
+            status_code, listed = await self._list(question)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             return ProviderStatus(status="ERROR", status_message=f"Cannot reach {question.url}: {_why(error)}")
-        return judge(question.provider, question.url, reply.status_code, reply.content)
+        return judge(question.provider, question.url, status_code, listed)
+
+    async def _list(self, question: Question) -> tuple[int, list[ListedModel] | None]:
+        """The status of the last reply, and what all of its pages list; None: it gives no list."""
+        client, listed = await self._http(), None
+        query: dict[str, str] | None = None
+        for _ in range(MOST_PAGES):
+            reply = await client.get(question.url, params=query, headers=list(question.headers))
+            page = read_model_page(reply.content) if reply.status_code == 200 else None
+            if page is None:
+                break
+            listed = [*(listed or ()), *page.models]
+            if page.after is None:
+                break
+            query = {"limit": str(PAGE_SIZE), "after_id": page.after}
+        return reply.status_code, listed
+
+    async def _http(self) -> httpx.AsyncClient:
+        """Reaches what the gateway reaches: through no proxy of the environment, trusting whom the system trusts."""
+        async with self._opening:
+            if self._client is None:  # reading the system's certificates takes tens of milliseconds
+                trust = await asyncio.to_thread(ssl.create_default_context)
+                self._client = httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False, verify=trust)
+            return self._client
+
+    async def _store_status(self, question: Question, status: ProviderStatus) -> bool:
+        """False: it could not be written, for lack of space or because the database was locked; later it may be."""
+        try:
+            await self._write(question, status)
+        except NimhostError as error:
+            log.warning("the status of provider %s is not stored: %s", question.provider.ref, error)
+            return False
+        return True
 
     async def _write(self, question: Question, status: ProviderStatus) -> None:
         async with self._store.transaction() as tx:
@@ -103,28 +151,23 @@ class Discovery:
         self._on_change()
 
 
-class _ModelList(Struct):
-    class Item(Struct):
-        id: str
-
-    data: list[Item]
-
-
-def judge(provider: Entity, url: str, status_code: int, body: bytes) -> ProviderStatus:
-    """What an answer to `GET /v1/models` says about a provider. Pure."""
+def judge(provider: Entity, url: str, status_code: int, listed: list[ListedModel] | None) -> ProviderStatus:
+    """What an answer to `GET /v1/models` says about a provider. Pure. `listed`: None for what is no list of models."""
     wish: Provider = provider.wish
     if status_code in (401, 403):
         secret = wish.api_key_secret_name
         fix = f"update it with: nimhost secrets update {secret}" if secret else "it wants a key: api_key_secret_name"
         return ProviderStatus(status="ERROR", status_message=f"{url} refused the key (HTTP {status_code}); {fix}")
-    if status_code != 200 and status_code != 404:
+    if status_code == _LOOP_DETECTED:
+        said = f"{url} leads back to this nimhost, which would ask itself for ever: set another host_url"
+        return ProviderStatus(status="ERROR", status_message=said)
+    if status_code != 200 and (status_code != 404 or listed):
         return ProviderStatus(status="ERROR", status_message=f"{url} answered HTTP {status_code}")
-    try:
-        ids = [item.id for item in msgspec.json.decode(body, type=_ModelList).data] if status_code == 200 else None
-    except msgspec.MsgspecError:
-        ids = None
-    if ids is None:
+    if listed is None:
         return ProviderStatus(status="READY", status_message=NO_MODELS)
+    ids = list(
+        dict.fromkeys(item.id for item in listed if not item.parent)
+    )  # the others are adapters of vLLM's: no models of their own
     enabled = ids if wish.enabled_models is None else [name for name in ids if name in wish.enabled_models]
     served = [
         ServedModel(model_entity_id=entity, served_model_name=name)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -14,17 +14,19 @@ from msgspec import Struct
 
 from nimhost.config import Settings
 from nimhost.deployments.actions import Halt, Prepare, Remove, Start
-from nimhost.deployments.desired import Desired, HubWeights
+from nimhost.deployments.desired import Desired
 from nimhost.deployments.labels import Labels, container_name
-from nimhost.deployments.observe import Observer, repo_of, resolved_image
+from nimhost.deployments.observe import Observer, resolved_image
+from nimhost.deployments.repos import repo_of
 from nimhost.deployments.resolve import Resolver
+from nimhost.deployments.storage import HubWeights
 from nimhost.engines.order import HostFacts
 from nimhost.engines.share import with_utilization
 from nimhost.engines.spec import ADAPTERS_DIR, ContainerSpec, Mount
-from nimhost.errors import DiskFull, HostError, ImageNotFound, NimhostError, NotFound, WeightsMissing
-from nimhost.host.containers import GPU_ULIMITS, Containers, PullProgress
+from nimhost.errors import DiskFull, HostError, ImageNotFound, NimhostError, NotFound, RegistryDenied, WeightsMissing
+from nimhost.host.containers import GPU_ULIMITS, Containers, Launch, PullProgress
 from nimhost.host.weights import Weights, WeightsProgress
-from nimhost.host.weights_cache import write_atomically
+from nimhost.host.weights.cache import write_atomically
 from nimhost.refs import Ref
 from nimhost.runs import Run
 
@@ -90,7 +92,7 @@ class Executor:
 
         Raises ImageNotFound or WeightsMissing when something went away since it was prepared.
         """
-        run = d.status.run if d.status.run.spec_hash == d.hash else Run(spec_hash=d.hash)
+        run = d.run
         if run.resolved is not None:
             return run
         located = await self._observer.locate(d.weights) if d.weights else None
@@ -101,6 +103,7 @@ class Executor:
             raise ImageNotFound(f"Image {d.image} is no longer on this machine.")
         assert d.order is not None
         spec = await self._resolver.resolve(d.order, located)
+        spec = msgspec.structs.replace(spec, user=spec.user_in(image.user))
         return msgspec.structs.replace(
             run,
             image_id=image.id,
@@ -125,8 +128,8 @@ class Executor:
             share_bytes=d.share_bytes,
         )
         docker = self._settings.docker
-        await self._containers.run(
-            spec,
+        launch = Launch(
+            spec=spec,
             name=container_name(d.ref, d.hash, owner),
             image_id=run.image_id,
             env=await self._secret_env(spec),
@@ -134,6 +137,7 @@ class Executor:
             gpu_ids=action.gpu_ids,
             ulimits={**(GPU_ULIMITS if spec.gpus else {}), **docker.ulimits},
         )
+        await self._containers.run(launch)
 
     async def remove(self, action: Remove) -> None:
         for container in action.containers:
@@ -162,7 +166,12 @@ class Executor:
             except NotFound:
                 log.info("%s: pulling %s without an NGC API key", d.ref, d.image)
         stall_timeout_s = self._settings.docker.pull_stall_timeout_s
-        await self._containers.pull(d.image, auth, lambda step: self._report(d.ref, image=step), stall_timeout_s)
+        try:
+            await self._containers.pull(d.image, auth, lambda step: self._report(d.ref, image=step), stall_timeout_s)
+        except RegistryDenied as error:
+            if not d.image.startswith(f"{NGC_REGISTRY}/"):
+                raise
+            raise _denied_by_ngc(d.image, auth is not None) from error
 
     async def _fetch(self, d: Desired) -> None:
         assert d.weights is not None
@@ -181,17 +190,42 @@ class Executor:
         return self._progress.get(ref)
 
 
+def _denied_by_ngc(image: str, with_key: bool) -> RegistryDenied:
+    """NGC does not say whether the key, the licence or the name is wrong; whether there was a key at all, we know."""
+    if not with_key:
+        return RegistryDenied(
+            f"Image {image}: {NGC_REGISTRY} wants an NGC API key, and there is none.",
+            "nimhost secrets create ngc-api-key --workspace system --from-file - (keys are made at "
+            "https://org.ngc.nvidia.com/setup/api-keys)",
+        )
+    return RegistryDenied(
+        f"Image {image}: the NGC API key (secret system/ngc-api-key) has no access to {image}, or it does not exist.",
+        "Check the name and the tag at https://catalog.ngc.nvidia.com and accept its licence there with the account of "
+        "the key; another key: nimhost secrets update ngc-api-key --workspace system --from-file -",
+    )
+
+
 def _make_directories(spec: ContainerSpec) -> None:
     """Directories of ours. NIM runs as a user of its own, so anybody may write where an engine writes."""
     for mount in spec.mounts:
-        ours = mount.target == ADAPTERS_DIR or not mount.read_only
-        if ours and not Path(mount.source).exists():
+        if (mount.target == ADAPTERS_DIR or not mount.read_only) and not Path(mount.source).exists():
             try:
-                os.makedirs(mount.source)
-                os.chmod(mount.source, 0o755 if mount.read_only else 0o777)
+                _make_directory(Path(mount.source), 0o755 if mount.read_only else 0o777)
             except OSError as error:
-                cls = DiskFull if error.errno == 28 else HostError
-                raise cls(f"Cannot make the directory {mount.source}: {error.strerror}.") from None
+                raise _refusal(f"Cannot make the directory {mount.source}", error) from None
+
+
+def _make_directory(path: Path, mode: int) -> None:
+    """Under its name only once it has its mode: one that is there is left as it is."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.mkdir(parents=True, exist_ok=True)
+    fresh.chmod(mode)
+    try:
+        fresh.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        fresh.rmdir()  # whoever made it meanwhile has put something into it
 
 
 def _write_files(spec: ContainerSpec, directory: Path) -> ContainerSpec:
@@ -205,10 +239,14 @@ def _write_files(spec: ContainerSpec, directory: Path) -> ContainerSpec:
                 write_atomically(path, content)
             path.chmod(0o644)
         except OSError as error:
-            cls = DiskFull if error.errno == 28 else HostError
-            raise cls(f"Cannot write the file {path}: {error.strerror}.") from None
+            raise _refusal(f"Cannot write the file {path}", error) from None
         mounts.append(Mount(str(path), target))
     return msgspec.structs.replace(spec, mounts=(*spec.mounts, *mounts))
+
+
+def _refusal(what: str, error: OSError) -> HostError:
+    cls = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else HostError
+    return cls(f"{what}: {error.strerror}.", "See the data directory: its disk, and who may write there.")
 
 
 def _first(failures: BaseExceptionGroup[NimhostError]) -> NimhostError:

@@ -10,24 +10,30 @@ from typing import Any
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.driver import too_old
 from nimhost.deployments.fit import fit_on, gpus_needed
+from nimhost.deployments.need import need_of
 from nimhost.deployments.observed import GpuSlot, Observed
-from nimhost.deployments.placement import choose, free_bytes, need_of, obstacle, utilization, waiting
-from nimhost.deployments.preflight import blocked, image_needed, weights_needed
+from nimhost.deployments.placement import choose, free_bytes, obstacle, utilization, waiting
+from nimhost.deployments.preflight import blocked, context_limit, image_needed, weights_needed
+from nimhost.engines.check import warnings_of
 from nimhost.models.memory import Fit
 
 Json = dict[str, Any]
+NO_SUM = "It would be started. Whether it fits shows when it runs."
 
 
 def explanation(d: Desired, observed: Observed) -> Json:
-    """`verdict`: "starts", "waits", "refused" (`reason` says why, `hint` what helps) or "unknown", without Docker.
+    """`verdict`: "starts", "waits", "refused" (`reason` says why, `hint` what helps) or "unknown": without Docker, or
+    where nothing is known about what it takes.
 
     `memory` is the sum for one GPU, None where nothing is known about the model. Sizes in bytes.
     """
     verdict, reason = _verdict(d, observed)
     problem, _, hint = reason.partition("\n")
     need = need_of(d, observed.gpus)
-    chosen = choose(observed.gpus, need) if need.gpus else ()
+    chosen = choose(observed.gpus, need) if need.gpus and verdict != "refused" else ()
     found = _fit(d, observed, chosen)
+    if verdict == "starts" and need.gpus and found is None:
+        verdict, problem = "unknown", NO_SUM
     return {
         "verdict": verdict,
         "reason": problem or None,
@@ -43,12 +49,17 @@ def explanation(d: Desired, observed: Observed) -> Json:
             "utilization": utilization(chosen or (), need, d.ask),
             "there": [_gpu(slot, obstacle(slot, need)) for slot in observed.gpus],
         },
+        "warnings": list(warnings_of(d.order)) if d.order else [],
         "disk": _disk(d, observed),
         "checks": _checks(d, observed),
     }
 
 
 def _verdict(d: Desired, observed: Observed) -> tuple[str, str]:
+    failure = d.run.failure if d.entity.wish.desired == "running" else None
+    if failure is not None and failure.final:
+        said = failure.message.replace("\n", " ")
+        return "refused", f"It failed, and is not tried again: {said}\nTry again with: nimhost start {d.ref.name}"
     if d.problem:
         return "refused", d.problem
     if why := blocked(d, observed):
@@ -84,7 +95,7 @@ def _memory(d: Desired, found: Fit) -> Json:
         "kv_cache_bytes_per_token": found.kv_bytes_per_token,
         "need_bytes": found.need_bytes,
         "max_model_len": found.model_len,
-        "largest_max_model_len": found.largest_model_len,
+        "largest_max_model_len": min(found.largest_model_len, context_limit(d.order) or found.largest_model_len),
         "tensor_parallel": found.tensor_parallel,
         "pipeline_parallel": found.pipeline_parallel,
         "gpus_needed": gpus_needed(d.order, d.ask, found.gpu_bytes),
@@ -105,12 +116,12 @@ def _gpu(slot: GpuSlot, why_not: str | None) -> Json:
 def _disk(d: Desired, observed: Observed) -> list[Json]:
     room = observed.rooms.get(d.ref)
     weights_here = d.weights is None or observed.weights.get(d.ref) is not None
-    image_here = observed.images.get(d.ref) is not None
+    image_here = None if observed.docker_problem else observed.images.get(d.ref) is not None
     return [
         {
             "what": "weights",
             "here": weights_here,
-            "path": room.weights_path if room else None,
+            "path": room.weights_path if room and d.weights is not None else None,
             "needed_bytes": 0 if weights_here or room is None else weights_needed(d, room) or None,
             "free_bytes": room.weights_free_bytes if room else None,
         },

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from nimhost.deployments.desired import HubWeights, LocalWeights, weights_in
-from nimhost.deployments.observe import local_directory, repo_of
+from nimhost.deployments.observe import local_directory
+from nimhost.deployments.repos import repo_of
+from nimhost.deployments.storage import HubWeights, LocalWeights, weights_in
 from nimhost.engines.order import Script
 from nimhost.entities import Entity
-from nimhost.errors import BadRequest, NotFound, WeightsMissing
+from nimhost.errors import BadRequest, NotFound, WeightsGated, WeightsMissing
+from nimhost.host.hub_files import HubFiles
+from nimhost.host.threads import in_thread
 from nimhost.host.weights import Weights
-from nimhost.host.weights_source import Directory, Repository, Source
+from nimhost.host.weights.source import Directory, Repository, Source
 from nimhost.refs import Ref
 
 PARSER_BYTES = 1 << 20
@@ -27,18 +29,16 @@ class Filesets:
         self._secret = secret
 
     async def open(self, fileset: Entity) -> Source:
-        """Raises WeightsMissing for a hub that may not be asked, BadRequest for a storage that cannot be read."""
-        problem, where = weights_in(Ref(fileset.workspace, fileset.name), fileset.wish.storage, None)
+        """Raises WeightsMissing for a hub that may not be asked, BadRequest for a secret that does not exist."""
+        where = weights_in(Ref(fileset.workspace, fileset.name), fileset.wish.storage, None)
         match where:
             case LocalWeights():
                 return Directory(local_directory(where, self._root))
             case HubWeights():
                 return await self._hub(where)
-            case _:
-                raise BadRequest(problem or f"The files of fileset '{fileset.ref}' cannot be read.")
 
     async def _hub(self, where: HubWeights) -> Source:
-        snapshot = await asyncio.to_thread(self._weights.present, repo_of(where))
+        snapshot = await in_thread(self._weights.present, repo_of(where))
         if snapshot is not None:
             return Directory(Path(snapshot.path))
         if self._weights.offline:
@@ -46,7 +46,21 @@ class Filesets:
                 f"{where.repo_id} is not in the weights cache, and nimhost is set to work offline.",
                 "Set [weights] offline = false.",
             )
-        return Repository(repo_of(where), where.endpoint or self._weights.endpoint, await self._token(where))
+        return Repository(repo_of(where), self._weights.endpoint, await self._token(where))
+
+    async def confirm(self, where: HubWeights) -> None:
+        """That they can be fetched, unless they are here already or the hub does not answer in time.
+
+        Raises BadRequest, saying why they never can.
+        """
+        weights, repo = self._weights, repo_of(where)
+        try:
+            if await in_thread(weights.present, repo) is None:
+                await HubFiles(weights.cache_dir, weights.endpoint, weights.offline).confirm(
+                    repo, await self._token(where)
+                )
+        except (WeightsMissing, WeightsGated) as error:
+            raise BadRequest(f"No weights to serve: {error.message}", error.hint) from error
 
     async def _token(self, where: HubWeights) -> str | None:
         if where.token_secret is None:

@@ -8,8 +8,18 @@ from collections.abc import Iterable, Sequence
 from msgspec.structs import replace
 
 from nimhost.engines.nim import MAX_LORA_RANK, is_multi_llm
+from nimhost.engines.numbers import tokens
 from nimhost.engines.order import HostFacts, Order
-from nimhost.engines.parallel import PP_FLAG, PP_VARIABLE, TP_FLAG, TP_VARIABLE, given, tensor_parallel_size, value_of
+from nimhost.engines.parallel import (
+    DP_FLAG,
+    PP_FLAG,
+    PP_VARIABLE,
+    TP_FLAG,
+    TP_VARIABLE,
+    given,
+    tensor_parallel_size,
+    value_of,
+)
 from nimhost.engines.recipes import cook
 from nimhost.engines.share import FLAG, NIM_VARIABLES
 from nimhost.engines.spec import ContainerSpec
@@ -84,17 +94,6 @@ def _nim(made: ContainerSpec, gpus: int) -> Ask | None:
     )
 
 
-def tokens(text: str | None) -> int | None:
-    """A number as vLLM reads them (`4096`, `16k` = 16000, `16K` = 16384); 0 for `auto`; None for anything else."""
-    if text in ("auto", "-1"):
-        return 0
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", text or "")
-    if found is None:
-        return None
-    scale = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}[found[2]]
-    return int(float(found[1]) * scale)
-
-
 def _number(text: str | None) -> float | None:
     return float(text) if text and re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else None
 
@@ -106,7 +105,7 @@ def fit_on(order: Order, ask: Ask | None, totals_bytes: Iterable[int]) -> Fit | 
     """On the largest GPUs of the machine, were they empty; None where it is not known or there are too few."""
     spec = order.model.spec if order.model else None
     largest = sorted(totals_bytes, reverse=True)[: order.gpus]
-    if ask is None or spec is None or len(largest) < order.gpus or not order.gpus:
+    if ask is None or spec is None or len(largest) < order.gpus or not order.gpus or not largest[-1]:
         return None
     return fit(spec, ask, largest[-1])
 
@@ -177,22 +176,46 @@ def _lighter(order: Order, ask: Ask, found: Fit) -> list[str]:
 
 
 def _more_gpus(order: Order, ask: Ask, totals_bytes: Sequence[int]) -> list[str]:
-    for gpus in range(order.gpus + 1, len(totals_bytes) + 1):
-        more = _split(order, ask, gpus)
+    """The fewest more, split inside the layers, and where that leaves some idle by layers."""
+    for gpus in range(order.gpus, len(totals_bytes) + 1):
         bigger = replace(order, executor=replace(order.executor, gpu=gpus))
-        found = more and fit_on(bigger, more, totals_bytes)
-        if found and found.fits:
-            return [f"--gpu {gpus}"]
+        for more, said in ((_split(order, ask, gpus), ""), _deeper(order, ask, gpus)):
+            found = more and fit_on(bigger, more, totals_bytes)
+            if found and found.fits:
+                return [f"--gpu {gpus}{said}"]
     return []
 
 
 def _split(order: Order, ask: Ask, gpus: int) -> Ask | None:
     """As it would be on so many GPUs; None when some would idle."""
     assert order.model is not None
-    own = order.executor.additional_args
-    pinned = given(TP_FLAG, own) or TP_VARIABLE in (order.executor.additional_envs or {})
-    size = tensor_parallel_size(gpus // ask.pipeline_parallel, order.model.spec)
-    return None if pinned or size * ask.pipeline_parallel != gpus else replace(ask, tensor_parallel=size)
+    each, left = divmod(gpus, _replicas(order) * ask.pipeline_parallel)
+    if _pinned(order, TP_FLAG, TP_VARIABLE) or left:
+        return None
+    size = tensor_parallel_size(each, order.model.spec)
+    return replace(ask, tensor_parallel=size) if size == each else None
+
+
+def _deeper(order: Order, ask: Ask, gpus: int) -> tuple[Ask | None, str]:
+    """(as it would be on so many GPUs with one more argument, that argument); None when some would idle."""
+    assert order.model is not None
+    each, left = divmod(gpus, _replicas(order))
+    if left or _pinned(order, TP_FLAG, TP_VARIABLE) or _pinned(order, PP_FLAG, PP_VARIABLE):
+        return None, ""
+    size = tensor_parallel_size(each, order.model.spec)
+    deep = each // size
+    said = f" --arg {PP_FLAG} --arg {deep}" if order.engine == "vllm" else f" --env {PP_VARIABLE}={deep}"
+    return replace(ask, tensor_parallel=size, pipeline_parallel=deep), said
+
+
+def _pinned(order: Order, flag: str, variable: str) -> bool:
+    return given(flag, order.executor.additional_args) or variable in (order.executor.additional_envs or {})
+
+
+def _replicas(order: Order) -> int:
+    """Copies of the whole model that share the GPUs among them."""
+    text = value_of(DP_FLAG, order.executor.additional_args) if order.engine == "vllm" else None
+    return max(1, int(_number(text) or 1))
 
 
 def _what_it_takes(order: Order, ask: Ask, found: Fit) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from msgspec.structs import replace
 
-from nimhost.deployments.desired import Desired, HubWeights, LocalWeights
+from nimhost.deployments.desired import Desired
 from nimhost.deployments.driver import requirement
-from nimhost.deployments.gpu_use import Claim, claims_of, slots_of
+from nimhost.deployments.gpu_use import Claim, by_uuid, claims_of, slots_of
 from nimhost.deployments.labels import Labels, read_labels
-from nimhost.deployments.observed import Instance, Located, Observed
+from nimhost.deployments.observed import Instance, Located, Observed, url_of
+from nimhost.deployments.placement import released
 from nimhost.deployments.probe import Prober, Target
 from nimhost.deployments.readings import Readings
+from nimhost.deployments.repos import repo_of
+from nimhost.deployments.storage import HubWeights, LocalWeights
 from nimhost.errors import DockerUnavailable, HostError
 from nimhost.host.containers import Container, Containers, Image
 from nimhost.host.gpus import Gpu, Gpus, limited
-from nimhost.host.weights import Repo, Weights
+from nimhost.host.weights import Weights
 from nimhost.models.checkpoint import is_weights_dir
 from nimhost.refs import Ref
 
@@ -38,15 +41,18 @@ class Observer:
         prober: Prober,
         owner: str,
         files_root: Path,
+        is_busy: Callable[[str], bool],
     ) -> None:
+        """`is_busy`: whether requests are under way to an engine at that address."""
         self._containers = containers
         self._gpus = gpus
-        self._devices = tuple(devices)
+        self.devices = tuple(devices)
         self._weights = weights
         self._prober = prober
         self._owner = owner
         self._files_root = files_root
-        self._readings = Readings(containers, weights.cache_dir)
+        self._is_busy = is_busy
+        self._readings = Readings(containers, weights.cache_dir, owner)
         self._log_tails: dict[str, str] = {}
         self.unowned: frozenset[str] = frozenset()
         """Containers that carry our label but that our database cannot know: never touched."""
@@ -61,7 +67,7 @@ class Observer:
             return await self._read(tuple(desired))
         except DockerUnavailable as error:
             self._readings.forget()
-            self.gpus = limited(await self._gpus.read(), self._devices).gpus  # still shown
+            self.gpus = limited(await self._gpus.read(), self.devices).gpus  # still shown
             return Observed(docker_problem=error.in_full)
 
     async def _read(self, desired: tuple[Desired, ...]) -> Observed:
@@ -71,23 +77,35 @@ class Observer:
         self._prober.watch(self._targets(ours, desired))
         tails = await self._read_log_tails(ours)
         instances = tuple(self._instance(c, labels, tails) for c, labels in ours)
-        self.claims = claims_of(containers)
-        return await self._complete(instances, self.claims, desired)
+        return await self._complete(instances, claims_of(containers), desired)
 
     async def preview(self, d: Desired) -> Observed:
-        """What `d` would find if it were to start now. Never raises: without Docker it says so."""
+        """What `d` would find if it were to start now. Never raises: without Docker it says so, and all the rest."""
         try:
-            containers = await self._containers.list()
+            found = await self._complete((), claims_of(await self._containers.list()), (d,))
+            # Its own engine is no obstacle: it would make room.
+            return replace(found, gpus=tuple(released(slot, str(d.ref)) for slot in found.gpus))
         except DockerUnavailable as error:
-            return Observed(docker_problem=error.in_full)
-        return await self._complete((), claims_of(containers), (d,))
+            problem = error.in_full
+        facts = limited(await self._gpus.read(), self.devices)
+        return Observed(
+            docker_problem=problem,
+            gpus=slots_of(facts.gpus, ()),
+            gpu_problem=facts.problem,
+            driver=facts.driver,
+            cuda=facts.cuda,
+            weights=await self._read_weights([d]),
+            rooms=await self._readings.rooms_for_weights(d),
+        )
 
     async def _complete(
         self, instances: tuple[Instance, ...], claims: tuple[Claim, ...], desired: tuple[Desired, ...]
     ) -> Observed:
         """With everything beside containers."""
-        facts = limited(await self._gpus.read(), self._devices)
-        self.gpus = facts.gpus
+        everything = await self._gpus.read()
+        facts = limited(everything, self.devices)
+        claims = by_uuid(claims, everything.gpus)
+        self.gpus, self.claims = facts.gpus, claims
         idle = [d for d in desired if d.order and not _runs(d, instances)]
         images, weights = await asyncio.gather(self._read_images(idle), self._read_weights(idle))
         found = Observed(
@@ -98,6 +116,7 @@ class Observer:
             cuda=facts.cuda,
             images={ref: image.id if image else None for ref, image in images.items()},
             requires={ref: requirement(image.env) for ref, image in images.items() if image},
+            made_for={ref: image.architecture for ref, image in images.items() if image},
             weights=weights,
         )
         return await self._with_readings(found, idle)
@@ -108,7 +127,9 @@ class Observer:
         lacking = [d for d in starting if found.images[d.ref] is None or (d.weights and found.weights[d.ref] is None)]
         try:
             gives_gpus = await self._readings.gives_gpus() if any(d.gpus for d in starting) else None
-            return replace(found, gives_gpus=gives_gpus, rooms=await self._readings.rooms(lacking))
+            engine = await self._readings.engine()
+            found = replace(found, gives_gpus=gives_gpus, docker=engine.version, machine=engine.architecture)
+            return replace(found, rooms=await self._readings.rooms(lacking))
         except DockerUnavailable:
             raise
         except HostError:
@@ -124,9 +145,9 @@ class Observer:
         return labels
 
     def _targets(self, ours: list[tuple[Container, Labels]], desired: tuple[Desired, ...]) -> dict[str, Target]:
-        served = {d.status.run.ready_container for d in desired}
+        served = {container for d in desired for container in d.run.ready_containers}
         return {
-            c.id: Target(url=f"http://127.0.0.1:{c.port}", probe=labels.probe, was_ready=c.id in served)
+            c.id: Target(url=url_of(c.port), probe=labels.probe, was_ready=c.id in served)
             for c, labels in ours
             if c.state == "running" and c.port
         }
@@ -162,6 +183,7 @@ class Observer:
             started_at=c.started_at,
             port=c.port,
             gpu_ids=labels.gpus,
+            busy=c.port is not None and self._is_busy(url_of(c.port)),
             health=self._prober.health(c.id),
             log_tail=tails.get(c.id, ""),
         )
@@ -207,13 +229,6 @@ class Observer:
         return Located(source=snapshot.repo_dir, subdirectory=subdirectory, commit=snapshot.commit)
 
 
-def repo_of(weights: HubWeights) -> Repo:
-    return Repo(
-        repo_id=weights.repo_id, revision=weights.revision, repo_type=weights.repo_type, endpoint=weights.endpoint,
-        branch=weights.branch,
-    )  # fmt: skip
-
-
 def local_directory(weights: LocalWeights, files_root: Path) -> Path:
     if weights.directory is not None:
         return Path(weights.directory)
@@ -232,8 +247,7 @@ def weights_problem(directory: Path) -> str | None:
 
 def resolved_image(d: Desired) -> str:
     """The image this wish was resolved to when it first started, else the name it asks for."""
-    run = d.status.run
-    return run.image_id if run.image_id is not None and run.spec_hash == d.hash else d.image
+    return d.run.image_id or d.image
 
 
 def _runs(d: Desired, instances: tuple[Instance, ...]) -> bool:

@@ -7,20 +7,29 @@ from typing import Literal
 
 from msgspec import Struct
 
-from nimhost.refs import Ref
+from nimhost.refs import Ref, is_adapter_name
 
 
 class Health(Struct, frozen=True, kw_only=True):
     """What probing a running engine found.
 
     unknown: not probed yet. starting: has not answered well since it was first probed. ok. failing: it was ok, and
-    since Unix time `since` it is not (a single failed probe does not count).
+    now it is not (a single failed probe does not count).
     """
 
     state: Literal["unknown", "starting", "ok", "failing"] = "unknown"
     detail: str = ""
     since: float = 0.0
+    """When it became ok, or failing: Unix time in seconds."""
     models: tuple[str, ...] = ()
+    """What it serves, but for `adapters`."""
+    adapters: tuple[tuple[str, str], ...] = ()
+    """What it says is put on a model: name and where it was loaded from."""
+
+    @property
+    def adapter_names(self) -> frozenset[str]:
+        """Also of engines that list adapters like models: by their names, which no model can have."""
+        return frozenset(name for name in (*self.models, *(name for name, _ in self.adapters)) if is_adapter_name(name))
 
 
 class Instance(Struct, frozen=True, kw_only=True):
@@ -35,9 +44,16 @@ class Instance(Struct, frozen=True, kw_only=True):
     started_at: float = 0.0
     port: int | None = None
     gpu_ids: tuple[str, ...] = ()
+    busy: bool = False
+    """Requests are under way to it."""
     health: Health = Health()
     log_tail: str = ""
     """Of one that exited, or that stopped answering."""
+
+
+def url_of(port: int | None) -> str:
+    """Where an engine of ours is reached."""
+    return f"http://127.0.0.1:{port}"
 
 
 class Share(Struct, frozen=True, order=True):
@@ -45,6 +61,8 @@ class Share(Struct, frozen=True, order=True):
 
     holder: str
     size_bytes: int
+    hash: str = ""
+    """Which version of the deployment has it: two of them may stand side by side."""
 
 
 class Stranger(Struct, frozen=True, kw_only=True):
@@ -84,6 +102,8 @@ class Room(Struct, frozen=True, kw_only=True):
     weights_free_bytes: int | None = None
     weights_there_bytes: int = 0
     """What of the weights is here already, verified or not."""
+    promised_bytes: int = 0
+    """What other downloads in flight will still write beside them."""
     images_path: str = ""
     images_free_bytes: int | None = None
     same: bool = False
@@ -103,6 +123,8 @@ class Observed(Struct, frozen=True, kw_only=True):
 
     docker_problem: str | None = None
     instances: tuple[Instance, ...] = ()
+    docker: str = ""
+    """Its version; empty where it does not say."""
     gpus: tuple[GpuSlot, ...] = ()
     gpu_problem: str | None = None
     """Why there are no GPUs, or not all."""
@@ -116,4 +138,8 @@ class Observed(Struct, frozen=True, kw_only=True):
     weights: Mapping[Ref, Located | None] = {}
     requires: Mapping[Ref, str] = {}
     """What the image says about the driver it needs (`NVIDIA_REQUIRE_CUDA`), once it is on this machine."""
+    made_for: Mapping[Ref, str] = {}
+    """The CPUs that the image is made for, in Docker's words (`amd64`, `arm64`), once it is on this machine."""
+    machine: str = ""
+    """The CPUs that Docker's machine has, in the same words; empty: not known."""
     rooms: Mapping[Ref, Room] = {}

@@ -1,54 +1,24 @@
 """Which GPUs a deployment gets, or why it has to wait. Pure.
 
-A GPU can be had when nobody has it alone, no other engine is loading on it, and its measured free memory is enough. Of
-those, the best: GPUs of one kind, not occupied by strangers, joined by the fastest links; then the tightest fit, so
-that large ones stay free for large models and shares stay together.
+A GPU can be had when it is large enough, nobody has it alone, no other engine is loading on it, and its measured free
+memory is enough. Of those, the best: GPUs of one kind, not occupied by strangers, joined by the fastest links; then
+the tightest fit, so that large ones stay free for large models and shares stay together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from nimhost.deployments.desired import Desired
+from nimhost.deployments.need import MARGIN_BYTES, Need
 from nimhost.deployments.observed import GpuSlot, Share, Stranger
-from nimhost.models.memory import GIB, UTILIZATION, Ask, fit
+from nimhost.models.memory import GIB, UTILIZATION, Ask
 
-MARGIN_BYTES = GIB // 4
-"""Left to others when an engine gets less than it takes by itself."""
-UNKNOWN = 0.9
-"""What an engine of unknown appetite takes of a GPU."""
 MOST_CANDIDATES = 12
 """Of more GPUs, only the best ones are combined."""
-
-
-class Need(Struct, frozen=True, kw_only=True):
-    """What a deployment wants of each of its GPUs."""
-
-    ref: str
-    gpus: int
-    share_bytes: int | None = None
-    """None: it wants them for itself."""
-    memory_bytes: Mapping[str, int] = {}
-    """uuid -> what has to be free there."""
-
-
-def need_of(d: Desired, slots: Iterable[GpuSlot]) -> Need:
-    share_bytes = d.share_bytes
-    memory = {slot.uuid: share_bytes or _wanted(d, slot.total_bytes) for slot in slots}
-    return Need(ref=str(d.ref), gpus=d.gpus, share_bytes=share_bytes, memory_bytes=memory)
-
-
-def _wanted(d: Desired, total_bytes: int) -> int:
-    """Of a GPU for itself: the least it can live with where that is known, else what it will take."""
-    spec = d.order.model.spec if d.order and d.order.model else None
-    found = fit(spec, d.ask, total_bytes) if spec and d.ask else None
-    if found is None or d.ask is None:
-        return int(total_bytes * UNKNOWN)
-    return found.budget_bytes if d.ask.chosen_by_person else min(found.need_bytes, found.budget_bytes)
 
 
 def free_bytes(slot: GpuSlot) -> int:
@@ -62,11 +32,13 @@ def obstacle(slot: GpuSlot, need: Need) -> str | None:
     gpu = f"GPU {slot.index}"
     if slot.problem:
         return f"{gpu} cannot be used: {slot.problem}"
+    if (wanted := need.too_small.get(slot.uuid)) is not None:
+        return f"{gpu} has only {_gib(slot.total_bytes)} GiB, {_gib(wanted)} are needed"
     if slot.holder:
         return f"{gpu} is held by {slot.holder}"
     if need.share_bytes is None and slot.shares:
         return f"{gpu} is shared by {', '.join(share.holder for share in slot.shares)}"
-    if slot.starting and slot.starting != need.ref:
+    if slot.starting:
         return f"{slot.starting} is starting on {gpu}, and engines start there one after the other"
     if short_of_memory(slot, need):
         wanted, free = need.memory_bytes[slot.uuid], free_bytes(slot)
@@ -76,7 +48,9 @@ def obstacle(slot: GpuSlot, need: Need) -> str | None:
 
 
 def short_of_memory(slot: GpuSlot, need: Need) -> bool:
-    return free_bytes(slot) < need.memory_bytes[slot.uuid]
+    """By what was measured; for who was forced, only by what was promised to others."""
+    free = _unpromised_bytes(slot) if need.force else free_bytes(slot)
+    return free < need.memory_bytes[slot.uuid]
 
 
 def _culprits(slot: GpuSlot) -> str:
@@ -103,13 +77,35 @@ def waiting(slots: Sequence[GpuSlot], need: Need, ahead: str | None) -> str:
     free = sum(why is None for _, why in obstacles)
     reasons = "; ".join(why for _, why in obstacles if why)
     short = f"Waiting for GPUs: needs {need.gpus}, {free} free"
-    queue = f" {ahead} waits ahead of it." if ahead else ""
+    queue = (f" {ahead} waits ahead of it." if ahead else "") + _remedy(slots, need)
     return f"{short}: {reasons}.{queue}" if reasons else f"{short}.{queue}"
 
 
+def _remedy(slots: Iterable[GpuSlot], need: Need) -> str:
+    """For one that would wait as long as somebody else's memory is held: how to do with what is free."""
+    short = [slot for slot in slots if not (slot.holder or slot.shares or slot.problem) and short_of_memory(slot, need)]
+    free = max(((free_bytes(slot) - MARGIN_BYTES, slot) for slot in short), key=lambda pair: pair[0], default=None)
+    if free is None or need.gpus > 1 or need.share_bytes is not None or free[0] < GIB:
+        return ""
+    if need.known_from == "guess":
+        return f" To start it beside that, give it a share: --gpu-memory {free[0] // GIB}"
+    less = f"--gpu-memory-utilization {int(100 * free[0] / free[1].total_bytes) / 100:g}"
+    return f" To start it beside that, ask for less: {less}" if need.known_from == "person" else ""
+
+
 def waits_for_memory(slots: Iterable[GpuSlot], need: Need) -> bool:
-    """Whether only a new measurement can tell when it goes on: no event says that memory is back."""
-    return any(obstacle(slot, need) is not None and not slot.holder and short_of_memory(slot, need) for slot in slots)
+    """Whether only a new measurement can tell when it goes on: no event says that memory is back. What others were
+    promised is another matter: the end of their engine is an event."""
+    return any(
+        not (slot.problem or slot.holder or slot.uuid in need.too_small or (need.share_bytes is None and slot.shares))
+        and free_bytes(slot) < need.memory_bytes[slot.uuid] <= _unpromised_bytes(slot)
+        and not need.force
+        for slot in slots
+    )
+
+
+def _unpromised_bytes(slot: GpuSlot) -> int:
+    return slot.total_bytes - sum(share.size_bytes for share in slot.shares)
 
 
 def choose(slots: Iterable[GpuSlot], need: Need) -> tuple[GpuSlot, ...] | None:
@@ -141,11 +137,12 @@ def utilization(chosen: Iterable[GpuSlot], need: Need, ask: Ask | None) -> float
     usual = ask.utilization if ask else UTILIZATION
     left = min((free_bytes(slot) - MARGIN_BYTES) / slot.total_bytes for slot in measured)
     short = any(free_bytes(slot) < usual * slot.total_bytes for slot in measured)
-    return _floor(left) if ask and short else None
+    return _floor(left) if ask and short and left > 0 else None
 
 
 def _floor(fraction: float) -> float:
-    return int(fraction * 1000) / 1000
+    """Four digits, and never nothing."""
+    return max(int(fraction * 10_000), 1) / 10_000
 
 
 def released(slot: GpuSlot, holder: str) -> GpuSlot:
@@ -160,8 +157,19 @@ def released(slot: GpuSlot, holder: str) -> GpuSlot:
 
 def reserved(slot: GpuSlot, d: Desired) -> GpuSlot:
     """As it is once the engine of `d` is about to start on it."""
-    need = need_of(d, (slot,))
-    if need.share_bytes is None:
-        return replace(slot, holder=slot.holder or need.ref, starting=need.ref)
-    others = tuple(share for share in slot.shares if share.holder != need.ref)
-    return replace(slot, shares=(*others, Share(need.ref, need.share_bytes)), starting=need.ref)
+    ref = str(d.ref)
+    if d.share_bytes is None:
+        return replace(slot, holder=slot.holder or ref, starting=ref)
+    own = Share(ref, d.share_bytes, d.hash)
+    others = tuple(share for share in slot.shares if (share.holder, share.hash) != (own.holder, own.hash))
+    return replace(slot, shares=(*others, own), starting=ref)
+
+
+def kept_for(slot: GpuSlot, d: Desired) -> GpuSlot:
+    """As others see it while it is kept for `d`, whose versions take turns on it."""
+    ref = str(d.ref)
+    shares = [version.share_bytes for version in (d, d.previous) if version is not None]
+    if None in shares:
+        return replace(slot, holder=slot.holder or ref)
+    others = tuple(share for share in slot.shares if share.holder != ref)
+    return replace(slot, shares=(*others, Share(ref, max(share or 0 for share in shares))))

@@ -13,6 +13,7 @@ from nimhost.deployments.filesets import Filesets
 from nimhost.deployments.gpu_use import slots_of
 from nimhost.deployments.observe import Observer
 from nimhost.deployments.preflight import check_wish
+from nimhost.deployments.storage import HubWeights, origin_of
 from nimhost.engines.order import HostFacts
 from nimhost.entities import (
     Deployment,
@@ -20,14 +21,13 @@ from nimhost.entities import (
     DeploymentStatus,
     Entity,
     Fileset,
-    HuggingFaceStorage,
     LocalStorage,
     Model,
     ModelStatus,
 )
 from nimhost.errors import NimhostError
 from nimhost.host.gpus import Gpus, limited
-from nimhost.host.weights_spec import describe_weights
+from nimhost.host.weights.spec import describe_weights
 from nimhost.store import Store
 
 Json = dict[str, Any]
@@ -62,7 +62,9 @@ class Previews:
         """Refuse what this machine can never run. Raises BadRequest, naming the field."""
         problem = await asyncio.to_thread(self._observer.local_problem, d.weights)
         facts = limited(await self._gpus.read(), self._devices)
-        check_wish(d, slots_of(facts.gpus, ()), problem, force)
+        check_wish(d, slots_of(facts.gpus, ()), problem, force, facts.problem)
+        if isinstance(d.weights, HubWeights):
+            await self._filesets.confirm(d.weights)
 
     async def explain(self, config: Entity, deployment: Entity | None = None) -> Json:
         """See `explanation`."""
@@ -120,9 +122,5 @@ def _row(wish: Fileset | Model, workspace: str, name: str) -> Entity:
 
 
 def _origin(fileset: Fileset) -> str:
-    match fileset.storage:
-        case HuggingFaceStorage(repo_id=repo_id):
-            return repo_id
-        case LocalStorage(path=str(path)):
-            return path
-    return ""
+    storage = fileset.storage
+    return (storage.path or "") if isinstance(storage, LocalStorage) else origin_of(storage)

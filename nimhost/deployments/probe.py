@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import httpx
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from nimhost.deployments.model_list import read_model_list
 from nimhost.deployments.observed import Health
 from nimhost.engines.spec import Probe
 
@@ -29,11 +30,9 @@ class Target(Struct, frozen=True, kw_only=True):
     was_ready: bool = False
 
 
-class _ModelList(Struct):
-    class Item(Struct):
-        id: str
-
-    data: list[Item]
+def engine_client(timeout_s: float) -> httpx.AsyncClient:
+    """To engines of ours, on loopback and without TLS: no certificates are read, which would hold up the loop."""
+    return httpx.AsyncClient(timeout=timeout_s, trust_env=False, verify=False)
 
 
 class Prober:
@@ -60,6 +59,19 @@ class Prober:
     def health(self, key: str) -> Health:
         return self._health.get(key, Health())
 
+    async def relist(self, key: str) -> Health:
+        """Ask an engine anew what it serves: something has been loaded or unloaded. What it is now."""
+        target, health = self._tasks[key][0] if key in self._tasks else None, self.health(key)
+        if target is None or health.state != "ok":
+            return health
+        try:
+            listing = await self._http().get(target.url + target.probe.models_path)
+        except httpx.HTTPError:
+            return health  # the next probe says more
+        if listing.status_code == 200 and key in self._tasks and self.health(key).state == "ok":
+            self._tell(key, replace(self.health(key), **_served(listing)))
+        return self.health(key)
+
     async def close(self) -> None:
         tasks = [task for _, task in self._tasks.values()]
         self.watch({})
@@ -72,7 +84,11 @@ class Prober:
         failures = 0
         interval_s = FIRST_INTERVAL_S
         while True:
-            found = await self._look(target, health.models if health.state == "ok" else None)
+            found = await self._look(target, health if health.state == "ok" else None)
+            if found is health:
+                found = health = self.health(key)  # what it serves may have been asked anew meanwhile
+            elif found.state == "ok":
+                found = replace(found, since=time.time())
             failures = 0 if found.state == "ok" else failures + 1
             proven = health.state in ("ok", "failing") or (target.was_ready and health.state == "unknown")
             if found.state != "ok" and proven:
@@ -91,33 +107,50 @@ class Prober:
             self._on_change()
         return health
 
-    async def _look(self, target: Target, models: tuple[str, ...] | None) -> Health:
-        """One probe: the health path, then the model list unless it is known."""
+    def _http(self) -> httpx.AsyncClient:
         if self._client is None:
-            self._client = httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False)
+            self._client = engine_client(TIMEOUT_S)
+        return self._client
+
+    async def _look(self, target: Target, known: Health | None) -> Health:
+        """One probe: the health path, then the model list unless it is known. `known` itself, if it is still so."""
         try:
-            reply = await self._client.get(f"{target.url}/{target.probe.health_path.lstrip('/')}")
+            reply = await self._http().get(f"{target.url}/{target.probe.health_path.lstrip('/')}")
             if reply.status_code != 200:
                 return Health(state="starting", detail=f"{target.probe.health_path} answers {reply.status_code}")
-            if models is not None:
-                return Health(state="ok", models=models)
-            listing = await self._client.get(target.url + target.probe.models_path)
+            if known is not None:
+                return known
+            listing = await self._http().get(target.url + target.probe.models_path)
         except httpx.InvalidURL as error:
             return Health(state="starting", detail=f"{target.probe.health_path} is not a path: {error}")
-        except httpx.HTTPError:
-            return Health(state="starting", detail="no answer yet")
-        models = _model_ids(listing)
-        missing = [name for name in target.probe.served_names if name not in models]
+        except httpx.HTTPError as error:
+            return Health(state="starting", detail=_silence(error))
+        served = _served(listing)
+        missing = [name for name in target.probe.served_names if name not in served["models"]]
         if missing:
             return Health(state="starting", detail=f"{target.probe.models_path} does not list {missing[0]}")
-        return Health(state="ok", models=models)
+        if target.probe.serves_any and listing.status_code == 200 and read_model_list(listing.content) == []:
+            return Health(state="starting", detail=f"{target.probe.models_path} lists no model")
+        return Health(state="ok", **served)
 
 
-def _model_ids(reply: httpx.Response) -> tuple[str, ...]:
-    """The ids of an OpenAI model list; none for anything else (classifiers have no such list)."""
-    if reply.status_code != 200:
-        return ()
-    try:
-        return tuple(item.id for item in msgspec.json.decode(reply.content, type=_ModelList).data)
-    except msgspec.MsgspecError:
-        return ()
+NOBODY_THERE = ("connection refused", "connection closed without an answer")
+"""Details of a Health: nobody listens. Docker takes connections for a port on which nothing does, and closes them."""
+
+
+def _silence(error: httpx.HTTPError) -> str:
+    """Why there was no answer."""
+    if isinstance(error, httpx.TimeoutException):
+        return f"no answer within {TIMEOUT_S:g} s"
+    refused, closed = NOBODY_THERE
+    return refused if isinstance(error, httpx.ConnectError) else closed
+
+
+def _served(reply: httpx.Response) -> dict[str, Any]:
+    """`models` and `adapters` of a Health, from an OpenAI model list; none for anything else (classifiers have no such
+    list). vLLM lists adapters as models with a `parent`; their `root` is where they were loaded from."""
+    items = (read_model_list(reply.content) if reply.status_code == 200 else None) or []
+    return {
+        "models": tuple(item.id for item in items if not item.parent),
+        "adapters": tuple((item.id, str(item.root or "")) for item in items if item.parent),
+    }

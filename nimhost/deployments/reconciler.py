@@ -12,11 +12,12 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from msgspec.structs import replace
 
 from nimhost.deployments.actions import Action, Cancel, Forget, Halt, Prepare, Remove, Start
-from nimhost.deployments.desired import Desired, join
+from nimhost.deployments.desired import Desired, Find, join, join_previous
 from nimhost.deployments.execute import Executor
 from nimhost.deployments.observe import Observer
 from nimhost.deployments.observed import Observed
@@ -24,11 +25,11 @@ from nimhost.deployments.plan import Verdict, orphans, plan
 from nimhost.deployments.publish import forget, publish
 from nimhost.deployments.retry import Limits, after_error
 from nimhost.engines.order import HostFacts
-from nimhost.entities import DeploymentConfig, DeploymentStatus, Entity
-from nimhost.errors import DockerUnavailable, NimhostError
+from nimhost.entities import Deployment, DeploymentConfig, DeploymentStatus, Entity
+from nimhost.errors import Conflict, DockerUnavailable, NimhostError, NotFound
 from nimhost.host.containers import Containers
 from nimhost.refs import Ref
-from nimhost.runs import Run
+from nimhost.runs import Run, Serving
 from nimhost.store import Store, now
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class Reconciler:
         async with self._recording:
             # Before the reading: an action that ends meanwhile counts as in flight still, never as nothing at all.
             in_flight = {key: action for key, (action, _) in self._in_flight.items()}
-            desired = await self._read_desired()
+            desired = await self.read_desired()
             observed = await self._observer.read(desired)
             await self._remember_unowned()
             now_s = time.time()
@@ -118,7 +119,9 @@ class Reconciler:
             current = [v for v in verdicts if await self._record(v)]
         for verdict in current:
             self._launch(verdict, now_s)
-        self._sweep(orphans(observed.instances, desired))
+        if lost := orphans(observed.instances, desired):
+            kept = {Ref(row.workspace, row.name) for row in await self._store.unreadable("deployments")}
+            self._sweep([i.id for i in observed.instances if i.id in lost and i.ref not in kept])
         await self._on_tick(verdicts, observed)  # and again with the rows as they are now
         times = [v.wake_at for v in verdicts if v.wake_at is not None] + list(self._not_before.values())
         return max(0.05, min([RESYNC_S, *(at - now_s for at in times if at > now_s)]))
@@ -130,35 +133,45 @@ class Reconciler:
                 await tx.set_meta(UNOWNED, json.dumps(sorted(self._observer.unowned)))
             self._unowned = self._observer.unowned
 
-    async def _read_desired(self) -> tuple[Desired, ...]:
+    async def read_desired(self) -> tuple[Desired, ...]:
         kinds = ("deployments", "deployment-configs", "models", "filesets")
         rows = {kind: await self._store.by_ref(kind) for kind in kinds}
 
         def find(kind: str, workspace: str, name: str) -> Entity | None:
             return rows[kind].get(Ref(workspace, name))
 
-        return tuple(
-            [
-                join(entity, await self._config_of(entity, find), find, self._host)
-                for entity in rows["deployments"].values()
-            ]
-        )
+        return tuple([await self._join(entity, find) for entity in rows["deployments"].values()])
 
-    async def _config_of(
-        self, deployment: Entity, find: Callable[[str, str, str], Entity | None]
-    ) -> DeploymentConfig | None:
-        """The config version it is pinned to, else the latest."""
-        config = find("deployment-configs", deployment.workspace, deployment.wish.config)
-        pinned = deployment.wish.config_version
-        if config is None or pinned is None or pinned == config.version:
-            return config.wish if config else None
-        versions = await self._store.versions("deployment-configs", config.workspace, config.name)
-        return next((v.wish for v in versions if v.version == pinned), None)
+    async def _join(self, entity: Entity, find: Find) -> Desired:
+        config = find("deployment-configs", entity.workspace, entity.wish.config)
+        number = entity.wish.config_version or (config.version if config else 0)
+        d = join(entity, await self._wish_of(config, number), find, self._host, number)
+        previous = d.run.previous
+        return d if previous is None else await self._with_previous(d, previous, find)
+
+    async def _with_previous(self, d: Desired, run: Run, find: Find) -> Desired:
+        """With the version that `run` tells of, if its wish and its config can still be read."""
+        wish: Deployment | None = await self._wish_of(d.entity, run.version)
+        config = find("deployment-configs", d.ref.workspace, wish.config) if wish else None
+        found: DeploymentConfig | None = await self._wish_of(config, run.config_version)
+        if wish is None or found is None:
+            return d
+        return replace(d, previous=join_previous(d, run, wish, found, find, self._host))
+
+    async def _wish_of(self, entity: Entity | None, version: int) -> Any:
+        """What was wished in that version; None when there is no such one."""
+        if entity is None or entity.version == version:
+            return entity.wish if entity else None
+        try:
+            versions = await self._store.versions(entity.kind, entity.workspace, entity.name)
+        except NotFound:  # its last rows went since they were read
+            return None
+        return next((v.wish for v in versions if v.version == version), None)
 
     async def _record(self, v: Verdict) -> bool:
         """Store what was found out; False when the wish moved on meanwhile, so that the verdict is void."""
         before: DeploymentStatus = v.desired.status
-        after = replace(before, run=v.run).moved(v.status, v.message, now())
+        after = replace(before, run=v.run, update=v.update, serving=_serving(v)).moved(v.status, v.message, now())
         if v.status == "READY" and after.model_provider_id is None:
             after = replace(after, model_provider_id=str(v.desired.ref))
         recorded = await publish(self._store, v.desired, after, v.instance)
@@ -185,6 +198,7 @@ class Reconciler:
             await self._perform(d, action)
         except DockerUnavailable:
             log.info("%s: Docker went away during %s", d.ref, type(action).__name__)
+            self._not_before[d.entity.id] = time.time() + RECONNECT_S[0]  # it may answer all else
         except NimhostError as error:
             log.warning("%s: %s", d.ref, error.message)
             await self._count_failure(d, action, error)
@@ -203,10 +217,7 @@ class Reconciler:
                 if action.image:
                     await self._resolve_anew(d)
             case Start():
-                run = replace(await self._executor.resolve(d), started_at=time.time(), waiting_since=0.0)
-                started = await self._begin_start(d, run)
-                if started is not None:
-                    await self._executor.start(action, d, run, self._store.owner, started)
+                await self._start(d.at(action.hash), action)
             case Remove():
                 await self._executor.remove(action)
             case Halt():
@@ -216,16 +227,30 @@ class Reconciler:
             case Cancel():
                 raise AssertionError("a cancellation is not carried out, it ends what is")
 
-    async def _begin_start(self, d: Desired, run: Run) -> int | None:
+    async def _start(self, d: Desired, action: Start) -> None:
+        run = await self._executor.resolve(d)
+        started = await self._begin_start(d, run)
+        if started is not None:
+            await self._executor.start(action, d, run, self._store.owner, started)
+
+    async def _begin_start(self, d: Desired, resolved: Run) -> int | None:
         """Remember a start before it happens; its number, or None when the wish moved on meanwhile."""
         async with self._recording:
             entity = await self._current(d)
-            if entity is None:
+            part = entity.status.run.part(d.hash) if entity else None
+            if entity is None or part is None:
                 return None
-            async with self._store.transaction() as tx:
-                epoch = int(await tx.meta(EPOCH) or 0) + 1
-                await tx.set_meta(EPOCH, str(epoch))
-                await tx.set_status(entity, replace(entity.status, run=run))
+            run = replace(
+                part, image_id=resolved.image_id, commit=resolved.commit, resolved=resolved.resolved,
+                started_at=time.time(), waiting_since=0.0,
+            )  # fmt: skip
+            try:
+                async with self._store.transaction() as tx:
+                    epoch = int(await tx.meta(EPOCH) or 0) + 1
+                    await tx.set_meta(EPOCH, str(epoch))
+                    await tx.set_status(entity, replace(entity.status, run=entity.status.run.with_part(run)))
+            except Conflict:
+                return None
             self._observer.epoch = epoch
             return epoch
 
@@ -233,8 +258,9 @@ class Reconciler:
         """An image that had to be fetched again may be another one: what the wish became is decided again."""
         async with self._recording:
             entity = await self._current(d)
-            if entity is not None and entity.status.run.image_id is not None:
-                run = replace(entity.status.run, image_id=None, resolved=None)
+            part = entity.status.run.part(d.hash) if entity else None
+            if entity is not None and part is not None and part.image_id is not None:
+                run = entity.status.run.with_part(replace(part, image_id=None, resolved=None))
                 await self._store.set_status(entity, replace(entity.status, run=run))
 
     async def _count_failure(self, d: Desired, action: Action, error: NimhostError) -> None:
@@ -244,10 +270,10 @@ class Reconciler:
             return
         async with self._recording:
             entity = await self._current(d)
-            if entity is None:
+            part = entity.status.run.part(action.hash) if entity else None
+            if entity is None or part is None:
                 return
-            run = entity.status.run if entity.status.run.spec_hash == d.hash else Run(spec_hash=d.hash)
-            run = after_error(run, error, time.time(), self._limits)
+            run = entity.status.run.with_part(after_error(part, error, time.time(), self._limits))
             await self._store.set_status(entity, replace(entity.status, run=run))
 
     async def _current(self, d: Desired) -> Entity | None:
@@ -299,3 +325,8 @@ class Reconciler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _serving(v: Verdict) -> Serving | None:
+    part = v.run.part(v.instance.hash) if v.instance else None
+    return Serving(entity_version=part.version, config_version=part.config_version) if part else None

@@ -6,7 +6,6 @@ import json
 import logging
 from pathlib import Path
 
-import msgspec
 from msgspec.structs import replace
 
 from nimhost.deployments.filesets import Filesets, read_tool_parser
@@ -17,8 +16,9 @@ from nimhost.engines.recipes import cook
 from nimhost.engines.spec import WEIGHTS_DIR, ContainerSpec, Mount
 from nimhost.entities import Adapter, Entity
 from nimhost.errors import BadRequest, NimhostError
-from nimhost.host.weights_source import Directory
-from nimhost.host.weights_spec import describe_weights
+from nimhost.host.weights.source import Directory
+from nimhost.host.weights.spec import describe_weights
+from nimhost.models.adapter import rank_of
 from nimhost.refs import Ref, parse_ref
 from nimhost.store import Store
 
@@ -85,8 +85,8 @@ class Resolver:
             if fileset is None:
                 return None
             content = await (await self._filesets.open(fileset)).read("adapter_config.json", ADAPTER_CONFIG_BYTES)
-            return msgspec.convert(json.loads(content)["r"], int)
-        except (NimhostError, ValueError, KeyError, TypeError) as error:
+            return rank_of(json.loads(content)) or None
+        except (NimhostError, ValueError, AttributeError) as error:
             log.info("the rank of adapter %s is not known: %s", row.ref, error)
             return None
 

@@ -26,6 +26,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     restart_limit: int
     restart_backoff_s: float
     unhealthy_restart_s: float
+    drain_timeout_s: float
 
 
 def after_error(run: Run, error: NimhostError, now: float, limits: Limits) -> Run:
@@ -49,8 +50,9 @@ def after_exit(
     now: float,
     limits: Limits,
     more_memory: str = "",
+    what: str = "Container is gone.",
 ) -> Run:
-    """A container went away unasked: any exit is a crash, code 0 too.
+    """A container went away unasked: any exit is a crash, code 0 too. `what`: what happened, where it did not exit.
 
     Final when the limit is reached, or when the same arguments are known to fail again. `more_memory`: what would
     give it more GPU memory, for a log that tells only that there was too little.
@@ -60,7 +62,7 @@ def after_exit(
     attempts = 1 if steady else run.attempts + 1
     limit = limits.restart_limit if was_ready else limits.start_limit
     cause, final = _known_cause(exit_code, oom_killed, log_tail, was_ready, more_memory)
-    what = f"Container exited with code {exit_code}." if exit_code is not None else "Container is gone."
+    what = f"Container exited with code {exit_code}." if exit_code is not None else what
     message = f"{what} {cause}" if cause else what
     if lines := salient(log_tail):
         message = f"{message}\n\nLast log lines:\n{lines}"

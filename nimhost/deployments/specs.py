@@ -13,11 +13,12 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from nimhost.deployments.filesets import Filesets
-from nimhost.entities import Entity, Fileset, HuggingFaceStorage, ModelStatus
-from nimhost.errors import BadRequest, NimhostError
-from nimhost.host.weights_spec import describe_weights
+from nimhost.deployments.storage import origin_of, ref_in, secret_of
+from nimhost.entities import Entity, ModelStatus
+from nimhost.errors import BadRequest, HostError, NimhostError
+from nimhost.host.weights.spec import describe_weights
 from nimhost.models.spec import ToolCalling, described, inherited, is_described, not_described
-from nimhost.refs import Ref, parse_ref
+from nimhost.refs import Ref
 from nimhost.store import Store
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Specs:
         """Until the model is described, gone, or has failed for good."""
         pause_s = PAUSES_S[0]
         try:
-            while (failure := await self._try(model)) is not None and not failure.final:
+            while (failure := await self._attempt(model)) is not None and not failure.final:
                 work.tried.set()
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, PAUSES_S[1])
@@ -110,6 +111,13 @@ class Specs:
             work.tried.set()
             if self._work.get(model) is work:
                 del self._work[model]
+
+    async def _attempt(self, ref: Ref) -> NimhostError | None:
+        try:
+            return await self._try(ref)
+        except NimhostError as failure:  # the store's: a full disk, a database that is locked for a moment
+            log.warning("the spec of model %s is not stored: %s", ref, failure)
+            return failure
 
     async def _try(self, ref: Ref) -> NimhostError | None:
         """One attempt, and its outcome in the model's status. None: there is nothing left to do."""
@@ -122,13 +130,18 @@ class Specs:
                 return failure
 
     async def _outcome(self, model: Entity) -> tuple[NimhostError | None, ModelStatus]:
-        where = parse_ref(model.wish.fileset, model.workspace)
-        fileset = await self._store.find("filesets", *where)
+        where = ref_in(model.wish.fileset, model.workspace)
+        fileset = None
         try:
+            if where is None:
+                raise BadRequest(f"Model {model.ref} names no fileset.")
+            fileset = await self._store.find("filesets", *where)
             async with self._room:
                 return None, await self._describe(model, fileset)
-        except NimhostError as failure:
-            log.info("spec of model %s: %s", model.ref, failure.message)
+        except Exception as error:
+            # Not only what we know of: who dies here leaves a model without a spec and without a word.
+            failure = error if isinstance(error, NimhostError) else HostError(f"Reading it failed: {error!r}"[:500])
+            log.info("spec of model %s: %s", model.ref, failure.message, exc_info=failure is not error)
             for thing in _needed(where, fileset):
                 self._failed.setdefault(thing, set()).add(Ref(model.workspace, model.name))
             message = f"{failure.message.rstrip('.')}. {failure.hint or ''}".strip()
@@ -138,7 +151,7 @@ class Specs:
         if fileset is None:
             raise BadRequest(f"Fileset '{model.wish.fileset}' does not exist.")
         source = await self._filesets.open(fileset)
-        computed = await describe_weights(source, f"{model.name} {_origin(fileset.wish)}")
+        computed = await describe_weights(source, f"{model.name} {origin_of(fileset.wish.storage)}")
         tools = inherited(model, fileset.wish, fileset.ref)
         return described(model, computed, self._allowed(tools))
 
@@ -154,14 +167,9 @@ class Specs:
                 await tx.set_status(now, not_described(now, message, final=False))
 
 
-def _needed(where: Ref, fileset: Entity | None) -> list[Touched]:
+def _needed(where: Ref | None, fileset: Entity | None) -> list[Touched]:
     """What a change of might help: the fileset, and the secret that opens it."""
-    storage = fileset.wish.storage if fileset else None
-    token = storage.token_secret if isinstance(storage, HuggingFaceStorage) else None
-    secret: list[Touched] = [("secrets", *parse_ref(token, where.workspace))] if token else []
-    return [("filesets", *where), *secret]
-
-
-def _origin(fileset: Fileset) -> str:
-    """The name that its maker gave the checkpoint: it tells embedding models."""
-    return fileset.storage.repo_id if isinstance(fileset.storage, HuggingFaceStorage) else ""
+    if where is None:
+        return []
+    secret = ref_in(secret_of(fileset.wish.storage), where.workspace) if fileset else None
+    return [("filesets", *where), *([("secrets", *secret)] if secret else [])]

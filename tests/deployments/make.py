@@ -7,10 +7,11 @@ from typing import Any
 from msgspec.structs import replace
 
 from nimhost.deployments.actions import Action
-from nimhost.deployments.desired import Desired, LocalWeights
+from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import GpuSlot, Health, Instance, Located, Observed
 from nimhost.deployments.plan import Verdict, plan
 from nimhost.deployments.retry import Limits
+from nimhost.deployments.storage import LocalWeights
 from nimhost.engines.order import Order
 from nimhost.entities import Deployment, DeploymentStatus, DeployModelSpec, Entity, ExecutorConfig
 from nimhost.refs import Ref
@@ -18,9 +19,11 @@ from nimhost.runs import Run
 
 NOW = 1_000_000.0
 LIMITS = Limits(
-    start_timeout_s=600, start_limit=3, restart_limit=5, restart_backoff_s=2, unhealthy_restart_s=120
+    start_timeout_s=600, start_limit=3, restart_limit=5, restart_backoff_s=2, unhealthy_restart_s=120,
+    drain_timeout_s=60,
 )  # fmt: skip
 HASH = "aaaaaaaaaaaa"
+OLD = "000000000000"
 
 
 def wanted(
@@ -57,6 +60,23 @@ def wanted(
     )  # fmt: skip
 
 
+def rolling(
+    name: str = "d", *, gpus: int = 1, before: Run | None = None, previous_gpus: int = 1, run: Any = None, **fields: Any
+) -> Desired:
+    """A deployment whose version OLD was READY in container `old`, and whose wish is another one now."""
+    before = before or was_ready()
+    run = replace(run or Run(spec_hash=HASH), previous=before)
+    d = wanted(name, gpus=gpus, run=run, status="READY", **fields)
+    return replace(d, previous=wanted(name, gpus=previous_gpus, hash=OLD, run=before))
+
+
+def was_ready(**fields: Any) -> Run:
+    return Run(
+        spec_hash=OLD, version=1, config_version=1, resolved={"image": "image:0"}, image_id="sha256:0",
+        **{"ready_container": "old", "ready_at": NOW - 3600, **fields},
+    )  # fmt: skip
+
+
 def instance(name: str = "d", *, health: str = "ok", state: str = "running", **fields: Any) -> Instance:
     values: dict[str, Any] = {"id": f"container-{name}", "hash": HASH, "port": 4000, "started_at": NOW - 10} | fields
     return Instance(ref=Ref("default", name), state=state, health=Health(state=health), **values)  # type: ignore[arg-type]
@@ -84,4 +104,7 @@ def decide(d: Desired, observed: Observed, in_flight: Action | None = None, now:
 def again(d: Desired, verdict: Verdict) -> Desired:
     """The deployment as it is stored after a verdict."""
     status = replace(d.status, status=verdict.status, status_message=verdict.message, run=verdict.run)
-    return replace(d, entity=replace(d.entity, status=status))
+    previous, run = d.previous, verdict.run.previous
+    if previous is not None and run is not None:
+        previous = replace(previous, entity=replace(previous.entity, status=replace(status, run=run)))
+    return replace(d, entity=replace(d.entity, status=status), previous=previous if run else None)

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from nimhost.deployments.desired import HubWeights, LocalWeights, join, model_ref
+from nimhost.deployments.desired import join, join_previous, model_ref
+from nimhost.deployments.storage import HubWeights, LocalWeights
 from nimhost.entities import (
     Deployment,
     DeploymentConfig,
@@ -44,7 +45,7 @@ def config(engine: str = "vllm", executor: dict[str, Any] | None = None, **wish:
     return DeploymentConfig(
         engine=engine,  # type: ignore[arg-type]
         model_spec=DeployModelSpec(**wish),
-        executor_config=ExecutorConfig(gpu=1, **(executor or {})),
+        executor_config=ExecutorConfig(**{"gpu": 1, **(executor or {})}),
     )
 
 
@@ -52,6 +53,31 @@ def joined(wish: DeploymentConfig | None, *rows: Entity, version: int = 1, run: 
     there = {(r.kind, r.workspace, r.name): r for r in rows}
     deployment = row("deployments", "d", Deployment(config="c"), status=DeploymentStatus(run=run or Run()))
     return join(replace(deployment, version=version), wish, lambda *key: there.get(key), HOST)
+
+
+@pytest.mark.parametrize(
+    ("asked", "branch"),
+    [({}, "main"), ({"model_revision": "c0ffee"}, "main"), ({"model_revision": "v2"}, None)],
+)
+def test_a_branch_is_remembered_only_for_the_commit_it_stood_for(asked: dict[str, str], branch: str | None) -> None:
+    """`refs/main` of a cache that others use, too, is not written for what another revision was resolved to."""
+    pinned = HuggingFaceStorage(repo_id="org/m", revision="c0ffee", original_revision="main")
+    found = joined(config(**asked), MODEL, row("filesets", "ff", Fileset(storage=pinned))).weights
+    assert (found.revision, found.branch) == (asked.get("model_revision", "c0ffee"), branch)
+
+
+def test_a_version_that_is_gone_is_not_called_a_config_that_is_gone() -> None:
+    there = row("deployment-configs", "c", config())
+    pinned = row("deployments", "d", Deployment(config="c", config_version=7), status=DeploymentStatus())
+    found = join(pinned, None, lambda *key: there if key == ("deployment-configs", "default", "c") else None, HOST, 7)
+    assert found.problem == "Deployment config 'c' has no version 7."
+
+
+def test_a_directory_of_this_machine_has_no_revisions() -> None:
+    local = row("filesets", "ff", Fileset(storage=LocalStorage(path="/w")))
+    found = joined(config(model_revision="v2"), MODEL, local)
+    assert found.problem.startswith("model_spec.model_revision is 'v2', but fileset 'default/ff' is a directory")
+    assert joined(config(), MODEL, local).problem is None
 
 
 MODEL = row("models", "mm", Model(fileset="default/ff"))
@@ -130,3 +156,17 @@ def test_a_wish_that_ran_before_keeps_its_commit() -> None:
     again = joined(config(), MODEL, FILESET, run=Run(spec_hash=first.hash, commit="c0ffee"))
     assert again.weights.revision == "c0ffee"
     assert again.hash == first.hash
+
+
+def test_the_previous_version_is_as_it_was_wished_and_resolved() -> None:
+    """Its own wish and hash, its own GPUs and image; what has gone meanwhile is no problem for it."""
+    run = Run(spec_hash="old", version=3, config_version=7, resolved={"image": "own/image:0"}, ready_container="c")
+    d = joined(config(executor={"gpu": 2}), MODEL, FILESET, version=4)
+    stopped = replace(d, entity=replace(d.entity, wish=replace(d.entity.wish, desired="stopped")))
+    found = join_previous(stopped, run, Deployment(config="c", force=True), config(), lambda *_: None, HOST)
+    assert (found.hash, found.image, found.gpus, found.run.spec_hash) == ("old", "own/image:0", 1, "old")
+    assert (found.entity.version, found.config_version, found.entity.id) == (3, 7, d.entity.id)
+    assert (found.weights, found.problem) == (None, None)
+    assert (found.entity.wish.force, found.stopped) == (True, True)
+    assert replace(d, previous=found).at("old") is found
+    assert replace(d, previous=found).at(d.hash).entity.version == 4

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from nimhost.deployments.fit import ask_of, fit_on, gpus_needed, refusal, tokens
+from nimhost.deployments.fit import ask_of, fit_on, gpus_needed, refusal
+from nimhost.engines.numbers import tokens
 from nimhost.engines.order import HostFacts, ModelOrder, Order
 from nimhost.entities import DeployModelSpec, ExecutorConfig
 from nimhost.models.checkpoint import read_spec
@@ -149,6 +150,28 @@ def test_an_embedding_model_shares_a_gpu() -> None:
 def test_the_change_that_makes_it_fit_does(config: Any, gib: Any, options: Any, ways: list[str]) -> None:
     said = plan(config, gib, **options)[3]
     assert [way for way in ways if way not in said] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "args", "way"),
+    [
+        ({}, (), "--gpu 3 --arg --pipeline-parallel-size --arg 3"),
+        ({"gpu": 3}, (), "--gpu 3 --arg --pipeline-parallel-size --arg 3"),
+        ({"engine": "nim"}, (), "--gpu 3 --env NIM_PIPELINE_PARALLEL_SIZE=3"),
+    ],
+)
+def test_what_cannot_be_split_inside_its_layers_is_split_by_layers(options: Any, args: Any, way: str) -> None:
+    assert f"It fits with {way}." in plan(public.LLAMA_70B, (80, 80, 80), *args, **options)[3]
+
+
+def test_a_split_by_layers_that_is_advised_is_not_refused() -> None:
+    assert plan(public.LLAMA_70B, (80, 80, 80), "--pipeline-parallel-size", "3", gpu=3)[0]
+
+
+def test_copies_of_a_model_need_as_many_gpus_each() -> None:
+    said = plan(public.QWEN3_14B, (24,) * 4, "--data-parallel-size", "2", gpu=2)[3]
+    assert "It fits with --gpu 4." in said
+    assert plan(public.QWEN3_14B, (24,) * 4, "--data-parallel-size", "2", gpu=4)[0]
 
 
 def test_a_shorter_context_that_is_advised_is_not_refused() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from nimhost.deployments.need import Need
 from nimhost.deployments.observed import GpuSlot, Share, Stranger
-from nimhost.deployments.placement import Need, choose, free_bytes, obstacle, utilization, waiting, waits_for_memory
+from nimhost.deployments.placement import choose, free_bytes, obstacle, utilization, waiting, waits_for_memory
 from nimhost.models.memory import GIB, Ask
 
 BOB = Stranger(pid=4242, name="python", user="bob", used_bytes=20 * GIB)
@@ -72,7 +73,7 @@ CASES: dict[str, tuple[list[GpuSlot], Need, list[int] | None]] = {
     "no share of a GPU that somebody has alone": ([gpu(0, holder="default/x")], share(1), None),
     "nobody alone where somebody has a share": ([gpu(0, shares=(Share("default/a", GIB),))], alone(gib=1), None),
     "no share where an engine is loading": ([gpu(0, starting="default/a"), gpu(1)], share(5), [1]),
-    "its own engine loading is no obstacle": ([gpu(0, starting="default/d")], share(5), [0]),
+    "its own other version loading is one, too": ([gpu(0, starting="default/d")], share(5), None),
 }  # fmt: skip
 
 
@@ -135,8 +136,8 @@ def test_only_memory_has_to_be_measured_again() -> None:
     [
         ([gpu(0)], alone(), Ask(), None),  # as it does by itself
         ([gpu(0, 80), gpu(1, 80)], share(20, 2), Ask(), 0.25),
-        ([gpu(0, 24)], share(10), None, 0.416),  # rounded down, never more than promised
-        ([gpu(0, 24, used=4)], alone(), Ask(), 0.822),  # what is left, less a margin
+        ([gpu(0, 24)], share(10), None, 0.4166),  # rounded down, never more than promised
+        ([gpu(0, 24, used=4)], alone(), Ask(), 0.8229),  # what is left, less a margin
         ([gpu(0, 24, used=4)], alone(), None, None),  # nothing is known about its appetite
         ([gpu(0, 24, used=4)], alone(), Ask(chosen_by_person=True, utilization=0.5), None),
         ([GpuSlot(uuid="GPU-0", index=0)], share(10), Ask(), None),  # unmeasured

@@ -22,7 +22,7 @@ def run(**fields: object) -> Run:
 
 
 def test_an_action_in_flight_is_waited_for() -> None:
-    verdict = decide(wanted(), machine(), Start(("GPU-0",)))
+    verdict = decide(wanted(), machine(), Start(("GPU-0",), HASH))
     assert (verdict.action, verdict.status) == (None, "PENDING")
 
 
@@ -37,7 +37,7 @@ def test_a_download_for_another_wish_is_cancelled() -> None:
 
 
 def test_a_deletion_stays_visible_while_a_start_is_in_flight() -> None:
-    verdict = decide(wanted(deleting=True, status="DELETING"), machine(), Start(()))
+    verdict = decide(wanted(deleting=True, status="DELETING"), machine(), Start((), HASH))
     assert (verdict.status, verdict.action) == ("DELETING", None)
 
 
@@ -67,8 +67,8 @@ def test_a_deployment_that_never_started_can_be_deleted_without_docker() -> None
 def test_a_stopped_deployment_frees_its_container_and_forgets_its_failures() -> None:
     verdict = decide(wanted(desired="stopped", run=run(attempts=2, failure=Failure(message="x", final=True))),
                      machine(instance()))  # fmt: skip
-    assert verdict.action == Remove(("container-d",))
-    assert verdict.message == "Stopped. Start it with: nimhost start d"
+    assert (verdict.action, verdict.message) == (Remove(("container-d",)), "Stopping.")
+    assert decide(wanted(desired="stopped"), machine()).message == "Stopped. Start it with: nimhost start d"
     assert (verdict.status, verdict.run.failure, verdict.run.attempts) == ("PENDING", None, 0)
 
 
@@ -80,43 +80,6 @@ def test_without_docker_the_status_is_unknown_and_nothing_is_done() -> None:
     verdict = decide(wanted(status="READY"), machine(docker_problem="Docker cannot be reached."))
     assert (verdict.status, verdict.message, verdict.action) == ("UNKNOWN", "Docker cannot be reached.", None)
     assert verdict.instance is None
-
-
-# --- rule 4
-
-
-def test_an_old_version_serves_until_everything_is_here_for_the_new_one() -> None:
-    old = instance(id="old", hash="other")
-    preparing = decide(wanted(), machine(old, images={}))
-    assert isinstance(preparing.action, Prepare)
-    assert (preparing.status, preparing.instance) == ("READY", old)
-    assert decide(wanted(), machine(old)).action == Remove(("old",))
-
-
-def test_an_old_version_keeps_serving_when_the_new_wish_cannot_be_started() -> None:
-    old = instance(id="old", hash="other")
-    verdict = decide(wanted(problem="Fileset 'x' does not exist."), machine(old))
-    assert (verdict.status, verdict.instance, verdict.action) == ("READY", old, None)
-    assert "Fileset 'x' does not exist." in verdict.message
-
-
-def test_an_old_engine_is_trusted_after_a_restart_of_the_daemon_in_the_middle_of_a_roll() -> None:
-    """Its health is not known yet, and the new wish has only just been seen."""
-    old = instance(id="old", hash="other", health="unknown")
-    before = wanted(status="READY", run=Run(spec_hash="other", ready_container="old", ready_at=NOW - 60))
-    verdict = decide(before, machine(old, images={}))
-    assert (verdict.status, verdict.instance) == ("READY", old)
-    after = again(before, verdict)
-    assert decide(after, machine(old, images={})).instance == old
-
-
-def test_an_old_engine_serves_while_the_new_wish_waits_for_gpus() -> None:
-    old = instance(id="old", hash="other")
-    both = machine(old, gpus=gpus("default/d", "default/x"))
-    verdict = decide(wanted(gpus=2), both)
-    assert (verdict.status, verdict.instance, verdict.action) == ("READY", old, None)
-    assert "GPU 1 is held by default/x" in verdict.message
-    assert decide(wanted(gpus=1), both).action == Remove(("old",))  # its own GPU will do
 
 
 # --- rule 5
@@ -281,7 +244,7 @@ def test_plan_waits_when_gpus_are_taken_and_names_the_holder() -> None:
 @pytest.mark.fault(7)
 def test_two_deployments_never_get_the_same_gpu() -> None:
     first, second = plan([wanted("a", created=1), wanted("b", created=2)], machine(), {}, NOW, LIMITS)
-    assert first.action == Start(("GPU-0",))
+    assert first.action == Start(("GPU-0",), HASH)
     assert second.action is None
     assert "GPU 0 is held by default/a" in second.message
 
@@ -289,7 +252,7 @@ def test_two_deployments_never_get_the_same_gpu() -> None:
 @pytest.mark.fault(7)
 def test_a_start_in_flight_holds_its_gpus() -> None:
     _, second = plan(
-        [wanted("a", created=1), wanted("b", created=2)], machine(), {"id-a": Start(("GPU-0",))}, NOW, LIMITS
+        [wanted("a", created=1), wanted("b", created=2)], machine(), {"id-a": Start(("GPU-0",), HASH)}, NOW, LIMITS
     )
     assert second.action is None
 
@@ -307,14 +270,14 @@ def test_who_cannot_start_at_all_keeps_nobody_waiting() -> None:
     big = wanted("a", gpus=2, created=1, run=run(waiting_since=NOW - 60))
     first, second = plan([big, wanted("b", created=2)], machine(gpus=gpus(None)), {}, NOW, LIMITS)
     assert (first.status, first.run.waiting_since) == ("ERROR", 0.0)
-    assert second.action == Start(("GPU-0",))
+    assert second.action == Start(("GPU-0",), HASH)
 
 
 def test_a_deployment_without_gpus_does_not_queue_for_them() -> None:
     _, second = plan(
         [wanted("a", gpus=1, run=run(waiting_since=1)), wanted("b", gpus=0)], machine(gpus=gpus("x")), {}, NOW, LIMITS
     )
-    assert second.action == Start(())
+    assert second.action == Start((), HASH)
 
 
 def test_the_plan_is_the_same_whatever_order_the_rows_come_in() -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from nimhost.deployments.actions import Start
-from nimhost.deployments.desired import HubWeights
 from nimhost.deployments.driver import requirement, too_old
 from nimhost.deployments.observed import GpuSlot, Observed, Room
 from nimhost.deployments.preflight import blocked, check_wish
-from nimhost.entities import Deployment
+from nimhost.deployments.readings import Readings
+from nimhost.deployments.storage import HubWeights
+from nimhost.entities import Deployment, DeploymentStatus
 from nimhost.errors import BadRequest
+from nimhost.host.weights.cache import RepoCache
+from nimhost.host.weights.choice import HubFile
+from nimhost.host.weights.disk import reserved_space
+from nimhost.host.weights.wire import Repo
 from nimhost.models.memory import GIB, Ask
 from nimhost.refs import Ref
-from tests.deployments.make import NOW, decide, instance, machine, wanted
+from nimhost.runs import Run
+from tests.deployments.make import NOW, OLD, decide, instance, machine, wanted, was_ready
 from tests.deployments.test_fit import order
+from tests.fakes.containers import FakeContainers
 from tests.models import public
 from tests.models import test_checkpoint as known
 
@@ -121,6 +129,10 @@ def test_an_architecture_that_vllm_does_not_serve_is_refused() -> None:
         ({}, None),
         ({"weights_free_bytes": GIB}, "No room for the weights: about 3.2 GiB at /w, 1.0 are free."),
         ({"weights_free_bytes": GIB, "weights_there_bytes": 3 * GIB}, None),
+        (
+            {"weights_free_bytes": 60 * GIB, "promised_bytes": 59 * GIB},
+            "No room for the weights: about 3.2 GiB at /w, 60.0 are free, of which 59.0 are promised to other",
+        ),
         ({"images_free_bytes": GIB}, "No room for the image vllm/vllm-openai:v1: about 27.0 GiB at /i, 1.0 are free."),
         ({"weights_free_bytes": 28 * GIB, "images_free_bytes": 28 * GIB}, None),
         (
@@ -152,8 +164,8 @@ def test_memory_that_is_held_is_measured_again_soon_and_only_while_something_wai
 
 def test_an_engine_beside_others_is_told_what_is_left() -> None:
     started = decide(vllm(), machine(gpus=(replace(CARD, used_bytes=6 * GIB),))).action
-    assert started == Start(("GPU-0",), 0.739)
-    assert decide(vllm(), here()).action == Start(("GPU-0",))
+    assert started == Start(("GPU-0",), vllm().hash, 0.7395)
+    assert decide(vllm(), here()).action == Start(("GPU-0",), vllm().hash)
 
 
 def test_a_healthy_engine_is_left_alone_whatever_the_preflight_says() -> None:
@@ -162,8 +174,10 @@ def test_a_healthy_engine_is_left_alone_whatever_the_preflight_says() -> None:
 
 
 def test_an_old_version_serves_on_when_the_new_one_cannot_fit() -> None:
-    old = instance(id="old", hash="other")
-    verdict = decide(vllm(public.QWEN3_14B), machine(old, gpus=(CARD,)))
+    old = instance(id="old", hash=OLD)
+    d = vllm(public.QWEN3_14B)
+    d = replace(d, entity=replace(d.entity, status=DeploymentStatus(run=Run(spec_hash=d.hash, previous=was_ready()))))
+    verdict = decide(d, machine(old, gpus=(CARD,)))
     assert (verdict.status, verdict.instance, verdict.action) == ("READY", old, None)
     assert "does not fit" in verdict.message
 
@@ -187,3 +201,17 @@ def test_more_gpus_than_there_are_are_refused_forced_or_not() -> None:
 
 def test_force_is_part_of_the_wish_and_starts_nothing_anew() -> None:
     assert Deployment(config="c", force=True).force
+
+
+@pytest.mark.fault(17)
+async def test_what_other_downloads_will_write_is_read_and_ones_own_is_not(tmp_path: Path) -> None:
+    cache_dir = tmp_path / "weights"
+    other, own = RepoCache(cache_dir, Repo("c/d")), RepoCache(cache_dir, Repo("a/b"))
+    other.make_dirs()
+    readings = Readings(FakeContainers(), cache_dir)
+    assert (await readings.rooms([vllm()]))[REF].promised_bytes == 0
+    with reserved_space(other, [HubFile("model.safetensors", 5 << 20, "0" * 64)]):
+        assert (await readings.rooms([vllm()]))[REF].promised_bytes == 5 << 20
+    with reserved_space(own, [HubFile("model.safetensors", 5 << 20, "0" * 64)]):
+        assert (await readings.rooms([vllm()]))[REF].promised_bytes == 0
+    assert (await readings.rooms([vllm()]))[REF].promised_bytes == 0, "a promise ends with its download"

@@ -209,12 +209,12 @@ async def test_an_image_name_that_docker_refuses_holds_up_nobody_else(
     image = world.docker.image
 
     async def refusing(name: str) -> object:
-        if name.startswith("Bad"):
+        if name.startswith("odd"):
             raise ImageNotFound("invalid reference format")
         return await image(name)
 
     monkeypatch.setattr(world.docker, "image", refusing)
-    await world.deploy("bad", "Bad/Name:1")
+    await world.deploy("bad", "odd/name:1")
     await world.deploy("good")
     await world.wait("good", "READY")
     assert (await world.http.get("/status")).json()["problem"] is None

@@ -14,8 +14,8 @@ MODEL = Ref("default", "mm")
 
 
 def row(kind: str, name: str, wish: Wish, status: object = None) -> Entity:
-    return Entity(kind=kind, id=name, workspace="default", name=name, created_at="", updated_at="", wish=wish,
-                  status=status)  # fmt: skip
+    return Entity(kind=kind, id=name, workspace="default", name=name, created_at="2026-01-01T00:00:00Z",
+                  updated_at="", wish=wish, status=status)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,30 @@ async def test_what_the_user_sends_wins_and_gaps_are_filled(world: World) -> Non
     assert (made["spec"]["num_layers"], made["spec"]["context_size"]) == (99, 4096)
 
 
+async def test_a_user_says_as_much_as_he_likes(world: World, hub: FakeHub) -> None:
+    await make_fileset(world)
+    computed = (await make_model(world))["spec"]
+    made = await make_model(world, "embed-me", spec={"num_layers": 99, "is_embedding_model": False})
+    assert made["spec"] == computed | {"num_layers": 99, "is_embedding_model": False}
+    assert (await make_model(world, "embed-too"))["spec"]["is_embedding_model"] is True  # its name says so
+    hub.faults.down = True
+    waiting = await make_model(world, "mmm", spec={"num_layers": 98})
+    assert (waiting["spec_status"], waiting["spec"]["num_layers"], waiting["spec"]["family"]) == ("pending", 98, None)
+
+
+async def test_without_files_a_spec_has_to_be_whole_and_every_gap_is_named(world: World) -> None:
+    await make_fileset(world)
+    whole = (await make_model(world))["spec"]
+    partial = {key: value for key, value in whole.items() if key not in ("family", "vocab_size", "context_size")}
+    refused = await make_model(world, "other", status=422, fileset=None, spec=partial)
+    assert [problem["loc"] for problem in refused["detail"]] == [
+        ["body", "spec", "family"], ["body", "spec", "vocab_size"],
+    ]  # fmt: skip
+    assert (await make_model(world, "other", fileset=None, spec=whole))["spec"] == whole
+    taken = await world.http.patch(f"{MODELS}/models/other", json={"spec": partial})
+    assert taken.status_code == 422
+
+
 @pytest.mark.fault(14)
 async def test_a_hub_that_is_away_is_said_and_asked_again(
     world: World, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
@@ -191,6 +215,17 @@ async def test_a_repository_that_is_no_model_says_why(
     made = await make_model(world)
     assert (made["spec"], made["spec_status"]) == (None, "failed")
     assert says in made["spec_message"]
+
+
+async def test_what_nobody_foresaw_is_said_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object) -> None:
+        raise KeyError("nobody thought of this")
+
+    monkeypatch.setattr(specs, "describe_weights", broken)
+    await make_fileset(world)
+    made = await make_model(world)
+    assert (made["spec"], made["spec_status"]) == (None, "failed")
+    assert "nobody thought of this" in made["spec_message"]
 
 
 async def test_a_token_that_works_again_opens_the_repository(world: World, hub: FakeHub, tiny: Path) -> None:

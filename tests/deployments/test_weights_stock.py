@@ -1,0 +1,128 @@
+"""The weights cache of a daemon: what may go is asked anew for each thing that goes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from nimhost.deployments.desired import Desired
+from nimhost.deployments.weights_stock import Stock
+from nimhost.entities import Fileset, HuggingFaceStorage
+from nimhost.host.weights import Limits, Repo, Weights
+from nimhost.store import Store
+from tests.fakes.hub import FakeHub
+from tests.test_unreadable import damage
+
+FILES = {"config.json": b"{}", "model.safetensors": b"x" * 1000}
+NAMES = ("org/first", "org/second")
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as fake:
+        for number, name in enumerate(NAMES):
+            fake.add(name, FILES | {"config.json": b'{"n": %d}' % number})
+        yield fake
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    opened = await Store.open(tmp_path / "nimhost.db")
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def weights(hub: FakeHub, cache: Path) -> Weights:
+    """With both repositories in it."""
+    made = Weights(cache, hub.url, False, Limits(stall_s=5, tries=2, backoff_s=0.05))
+    for name in NAMES:
+        await made.fetch(Repo(name), None, lambda news: None)
+    return made
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "hub"
+
+
+async def add_fileset(store: Store, repo_id: str) -> None:
+    async with store.transaction() as tx:
+        await tx.insert("filesets", "default", "ff", Fileset(storage=HuggingFaceStorage(repo_id=repo_id)))
+
+
+async def nothing() -> Sequence[Desired]:
+    return ()
+
+
+def stays(weights: Weights) -> list[str]:
+    return [name for name in NAMES if weights.present(Repo(name)) is not None]
+
+
+async def test_what_nobody_names_goes(weights: Weights, store: Store) -> None:
+    stock = Stock(weights, store, nothing)
+    assert [row.repo for row, _ in (await stock.prune(0, dry_run=True)).gone] == list(NAMES)
+    assert stays(weights) == list(NAMES)
+    assert [row.repo for row, _ in (await stock.prune(0, dry_run=False)).gone] == list(NAMES)
+    assert stays(weights) == []
+
+
+async def test_what_somebody_asks_for_while_others_go_stays(weights: Weights, store: Store) -> None:
+    """Removing much takes time; by then a fileset may name what was to go."""
+    looks = 0
+
+    async def read_desired() -> Sequence[Desired]:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            await add_fileset(store, "org/second")
+        return ()
+
+    found = await Stock(weights, store, read_desired).prune(0, dry_run=False)
+    assert [row.repo for row, _ in found.gone] == ["org/first"]
+    assert [why for _, why in found.kept] == ["fileset default/ff names it"]
+    assert stays(weights) == ["org/second"]
+
+
+@pytest.mark.fault(38)
+@pytest.mark.parametrize("dry_run", [True, False])
+async def test_while_something_cannot_be_read_nothing_goes(
+    weights: Weights, store: Store, tmp_path: Path, dry_run: bool
+) -> None:
+    """What it needs is not known."""
+    await add_fileset(store, "org/first")
+    damage(tmp_path, "filesets", "ff", "wish", '{"storage": 5}')
+    found = await Stock(weights, store, nothing).prune(0, dry_run)
+    assert found.gone == []
+    assert len(found.kept) == 2
+    assert all(why.startswith("fileset default/ff cannot be read, and may need it") for _, why in found.kept)
+    assert stays(weights) == list(NAMES)
+
+
+async def test_whatever_ends_a_pull_is_told(weights: Weights, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def surprise(*_: object) -> None:
+        raise RuntimeError("out of the blue")
+
+    monkeypatch.setattr(weights, "fetch", surprise)
+    stock = Stock(weights, store, nothing)
+    told = [step async for step in stock.pull(Repo("org/third"), None).follow()]
+    assert [step["status"] for step in told] == ["failed"]
+    assert "out of the blue" in told[0]["message"]
+    await stock.close()
+
+
+async def test_what_is_left_of_a_download_goes_with_its_last_fileset_unless_another_may_need_it(
+    weights: Weights, store: Store, tmp_path: Path, cache: Path
+) -> None:
+    half = cache / "models--org--first" / "blobs" / f"{'e' * 64}.nimhost-partial"
+    half.write_bytes(b"half")
+    await add_fileset(store, "org/other")
+    damage(tmp_path, "filesets", "ff", "wish", '{"storage": 5}')
+    stock = Stock(weights, store, nothing)
+    await stock.discard([HuggingFaceStorage(repo_id="org/first")])
+    assert half.exists()
+    damage(tmp_path, "filesets", "ff", "wish", "{}")
+    await stock.discard([HuggingFaceStorage(repo_id="org/first")])
+    assert not half.exists()
