@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Iterable, Mapping
 
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nimhost.api import files, inference, openapi, plan, platform, resources
+from nimhost.api import files, inference, metrics, openapi, plan, platform, requests, resources, weights
 from nimhost.api import tokens as api_tokens
 from nimhost.api.access import (
     CALLER,
@@ -25,29 +28,59 @@ from nimhost.api.access import (
     preflight_headers,
     read_head,
 )
-from nimhost.api.http import answering_errors, error_reply
+from nimhost.api.http import answering_errors, check_json, error_reply
+from nimhost.api.not_served import answer_not_found
 from nimhost.api.parts import Parts
+from nimhost.api.resource import Endpoint
 from nimhost.config import Settings
 from nimhost.errors import NimhostError, Unauthorized
 from nimhost.gateway import caller as gateway_caller
+from nimhost.gateway.cycle import DIRECT
 from nimhost.gateway.paths import is_gateway_path
 from nimhost.tokens import Token
 
 log = logging.getLogger(__name__)
 ADMITTED_LIMIT = 512
+OnRefused = Callable[[gateway_caller.Caller], None]
 
 
 def control_plane(parts: Parts) -> ASGIApp:
     """Everything but traffic to models."""
-    return answering_errors(Router(control_routes(parts), redirect_slashes=False))
+    routes = join_methods(control_routes(parts))
+    return answering_errors(Router(routes, redirect_slashes=False, default=answer_not_found))
+
+
+def join_methods(routes: Iterable[Route]) -> list[Route]:
+    """One route for each path: of a method that it has not, the reply can say which it has."""
+    by_path: dict[str, dict[str, Endpoint]] = {}
+    for route in routes:
+        by_path.setdefault(route.path, {}).update(dict.fromkeys(route.methods or (), route.endpoint))
+    return [
+        Route(path, _by_method(endpoints, json_only=not path.endswith("{path:path}")), methods=list(endpoints))
+        for path, endpoints in by_path.items()
+    ]
+
+
+def _by_method(endpoints: Mapping[str, Endpoint], json_only: bool) -> Endpoint:
+    """`json_only`: everywhere but where files are uploaded. A web page cannot send JSON without asking first."""
+
+    async def answer(request: Request) -> Response:
+        if json_only and request.method not in ("GET", "HEAD"):
+            check_json(request)
+        return await endpoints[request.method](request)
+
+    return answer
 
 
 def control_routes(parts: Parts) -> list[Route]:
     return [
         *platform.routes(parts),
         *openapi.routes(),
+        *metrics.routes(parts),
+        *requests.routes(parts),
         *api_tokens.routes(parts),
         *files.routes(parts),
+        *weights.routes(parts),
         *inference.routes(parts),
         *plan.routes(parts),
         *resources.routes(parts),
@@ -61,14 +94,16 @@ def entry(
     tokens: TokenTable | None = None,
     *,
     loopback: bool | None = None,
+    on_refused: OnRefused = lambda caller: None,
 ) -> ASGIApp:
     """The app that listens. Whoever may not ask reaches neither of the two.
 
-    `loopback`: only this machine reaches the address; None: as the setting says.
+    `loopback`: only this machine reaches the address; None: as the setting says. `on_refused` is told whoever wanted to
+    ask a model and may not.
     """
     if loopback is None:
         loopback = is_loopback(settings.server.host)
-    gate = Gate(settings, TokenTable() if tokens is None else tokens, loopback)
+    gate = Gate(settings, TokenTable() if tokens is None else tokens, loopback, on_refused)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -76,8 +111,12 @@ def entry(
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            to_gateway = is_gateway_path(scope["path"])
-            await gate.pass_on(gateway if to_gateway else control, to_gateway, scope, receive, send)
+            to_gateway, picked = is_gateway_path(scope["path"]), pick(scope["headers"])
+            if to_gateway and (caller := gate.admitted.get(picked)) and caller.token is None:
+                CALLER.set(caller)
+                await gateway(scope, receive, send)
+            else:
+                await gate.pass_on(gateway if to_gateway else control, picked, to_gateway, scope, receive, send)
 
     return app
 
@@ -85,20 +124,21 @@ def entry(
 class Gate:
     """Does what `access` decides."""
 
-    def __init__(self, settings: Settings, tokens: TokenTable, loopback: bool) -> None:
+    def __init__(self, settings: Settings, tokens: TokenTable, loopback: bool, on_refused: OnRefused) -> None:
         server = settings.server
         self._guard = Guard(server.host, server.allowed_hosts, server.allowed_origins)
         self._loopback = loopback
-        self._tokens = tokens
+        self._tokens, self._on_refused = tokens, on_refused
         self._asking: dict[str, set[asyncio.Task[object]]] = {}
         """By the hash of the token."""
-        self._admitted: dict[Picked, Caller] = {}
+        self.admitted: dict[Picked, Caller] = {}
         """To the gateway, from no web page: a client sends the same few headers again and again."""
         tokens.on_revoked = self._cut
 
-    async def pass_on(self, app: ASGIApp, to_gateway: bool, scope: Scope, receive: Receive, send: Send) -> None:
-        picked = pick(scope["headers"])
-        if to_gateway and (caller := self._admitted.get(picked)):
+    async def pass_on(
+        self, app: ASGIApp, picked: Picked, to_gateway: bool, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        if to_gateway and (caller := self.admitted.get(picked)):
             await self._run(app, caller, to_gateway, scope, receive, send)
         else:
             await self._decide(app, picked, to_gateway, scope, receive, send)
@@ -113,17 +153,18 @@ class Gate:
                 if method == "OPTIONS" and b"access-control-request-method" in head:
                     await _answer_preflight(preflight_headers(head, origin), send)
                     return
-                send = _sharing(send, cors_headers(origin))
+                send, scope = _sharing(send, cors_headers(origin)), {**scope, "extensions": {}}
             caller = find_caller(head, path, self._tokens, loopback=self._loopback)
             check_right(caller, needed_right(method, path, to_gateway))
         except NimhostError as error:
             log.warning("refused %s %r: %s", method, path, error)
-            await _refuse(error, to_gateway, scope, receive, send)
+            if refused := await _refuse(error, to_gateway, scope, receive, send):
+                self._on_refused(refused)
             return
         if to_gateway and origin is None:
-            if len(self._admitted) >= ADMITTED_LIMIT:
-                self._admitted.clear()
-            self._admitted[picked] = caller
+            if len(self.admitted) >= ADMITTED_LIMIT:
+                self.admitted.clear()
+            self.admitted[picked] = caller
         await self._run(app, caller, to_gateway, scope, receive, send)
 
     async def _run(
@@ -140,6 +181,7 @@ class Gate:
     ) -> None:
         """A reply that is under way when its token is revoked ends there."""
         begun, task = False, asyncio.current_task()
+        direct = scope.get("extensions", {}).get(DIRECT)
         assert task
 
         async def sending(message: Message) -> None:
@@ -155,7 +197,7 @@ class Gate:
             if token in self._tokens:
                 raise
             task.uncancel()
-            if not begun:
+            if not (begun or (direct and direct.begun)):
                 await _refuse(Unauthorized("This API token has been revoked."), to_gateway, scope, receive, send)
         finally:
             asking.discard(task)
@@ -163,17 +205,22 @@ class Gate:
                 self._asking.pop(token.sha256, None)
 
     def _cut(self, token: Token) -> None:
-        self._admitted.clear()
+        self.admitted.clear()
         for task in self._asking.pop(token.sha256, ()):
             if task is not asyncio.current_task():  # who revokes its own token is told that it worked
                 task.cancel()
 
 
-async def _refuse(error: NimhostError, to_gateway: bool, scope: Scope, receive: Receive, send: Send) -> None:
-    if to_gateway:
-        await gateway_caller.Caller(scope, receive, send, 0).fail(error)
-    else:
+async def _refuse(
+    error: NimhostError, to_gateway: bool, scope: Scope, receive: Receive, send: Send
+) -> gateway_caller.Caller | None:
+    """Returns whom, if it was on its way to the gateway."""
+    if not to_gateway:
         await error_reply(error)(scope, receive, send)
+        return None
+    caller = gateway_caller.Caller(scope, receive, send, 0)
+    await caller.fail(error)
+    return caller
 
 
 async def _answer_preflight(headers: list[tuple[bytes, bytes]], send: Send) -> None:

@@ -21,7 +21,7 @@ Loc = tuple[str | int, ...]
 SENSITIVE = frozenset({"value", "api_key", "token"})
 """Fields whose content no error repeats."""
 MAX_INTEGER = 2**53 - 1
-_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]|(\[\.\.\.\])")
 
 
 def parse_json(data: bytes) -> Json:
@@ -100,7 +100,7 @@ def read_struct(cls: type[Struct], raw: Mapping[str, object]) -> Any:
 def explain(message: str, kind: Any, value: object, loc: Loc) -> Problem:
     """One of msgspec's sentences about `value` as a problem of the wire, with the place inside `loc`."""
     text, _, place = message.partition(" - at `")
-    steps: Loc = tuple(name or int(index) for name, index in _STEP.findall(place.removesuffix("`")))
+    steps = _steps(place.removesuffix("`"), kind, value)
     here, inner = _follow(value, steps), _type_at(kind, steps)
     name = re.search(r"`([^`]*)`", text)
     if text.startswith("Object missing required field") and name:
@@ -121,6 +121,25 @@ def explain(message: str, kind: Any, value: object, loc: Loc) -> Problem:
         words = f"String should have at most {bound[1]} characters"
         return Problem((*loc, *steps), words, "string_too_long", _shown((*loc, *steps), here))
     return Problem((*loc, *steps), text, "value_error", _shown((*loc, *steps), here))
+
+
+def _steps(place: str, kind: Any, value: object) -> Loc:
+    """A place as msgspec writes it, in steps. Which member of an object with free keys is wrong it does not tell."""
+    steps: Loc = ()
+    for name, index, member in _STEP.findall(place):
+        step = name or (_wrong_member(_follow(value, steps), _type_at(kind, steps)) if member else int(index))
+        steps = (*steps, step)
+    return steps
+
+
+def _wrong_member(members: object, kind: Any) -> str:
+    inner = _type_at(kind, ("",))
+    for key, value in members.items() if isinstance(members, dict) else ():
+        try:
+            msgspec.convert(value, inner)
+        except msgspec.ValidationError:
+            return str(key)
+    return "..."
 
 
 def _refuse(problems: list[Problem]) -> InvalidRequest:
@@ -207,7 +226,8 @@ def _type_at(kind: Any, steps: Loc) -> Any:
         if isinstance(step, int):
             kind = next((get_args(t)[0] for t in _members(kind) if get_origin(t) is list), None)
         else:
-            kind = next((f.type for t in _structs(kind) for f in struct_fields(t) if f.name == step), None)
+            fields = [f.type for t in _structs(kind) for f in struct_fields(t) if f.name == step]
+            kind = next(iter(fields or [get_args(t)[1] for t in _members(kind) if get_origin(t) is dict]), None)
     return kind
 
 

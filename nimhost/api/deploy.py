@@ -12,6 +12,7 @@ from nimhost.api.resource import Resource
 from nimhost.api.rules import complete, find_config
 from nimhost.entities import Deployment, DeploymentStatus, Entity, HistoryEntry, Provider
 from nimhost.errors import BadRequest, Conflict
+from nimhost.refs import Ref
 from nimhost.store import Store, Transaction, now
 
 Json = dict[str, Any]
@@ -98,12 +99,14 @@ class Deployments(Resource):
         wish = await complete("deployments", wish, entity.workspace, tx, self.parts.settings)
         await check_config_version(tx, entity.workspace, wish)
         entity = await tx.update_wish(entity, wish, new_version)
-        return await tx.set_status(entity, entity.status.moved("PENDING", "Deployment update pending", now()))
+        pending = entity.status.moved("PENDING", "Deployment update pending", now())
+        return await tx.set_status(entity, replace(pending, update=None))
 
     async def remove(self, tx: Transaction, entity: Entity) -> list[Entity]:
         """Its rows go when its containers have."""
         await begin_deletion(tx, entity)
-        provider = await tx.find("providers", entity.workspace, entity.name)
+        ref = Ref(entity.workspace, entity.name)
+        provider = await tx.find_unreadable("providers", *ref) or await tx.find("providers", *ref)
         return [entity, *([provider] if provider else [])]
 
     async def deleted(self, entity: Entity) -> Response:

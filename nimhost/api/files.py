@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from email.message import Message as Headers
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from nimhost.api.filesets import hub_repo, hub_token
+from nimhost.api.filesets import storage_token
 from nimhost.api.http import JsonReply, body_chunks
 from nimhost.api.parts import Parts
 from nimhost.api.resource import get_entity
-from nimhost.entities import Entity, HuggingFaceStorage, LocalStorage
+from nimhost.deployments.repos import repo_in
+from nimhost.entities import Entity, LocalStorage
 from nimhost.errors import BadRequest, NotFound
 from nimhost.host.files import OpenFile, StoredFile, split_path
 from nimhost.host.hub_files import ListedFile, RemoteFile
@@ -66,9 +68,8 @@ class Files:
     async def list(self, request: Request) -> Response:
         fileset, prefix = await self._fileset(request), request.query_params.get("path", "").strip("/")
         storage, hub = fileset.wish.storage, self._parts.hub
-        if isinstance(storage, HuggingFaceStorage) and hub is not None:
-            token = await hub_token(self._parts, storage, fileset.workspace)
-            listed = await hub.list_files(hub_repo(storage), token)
+        if (repo := repo_in(storage)) is not None and hub is not None:
+            listed = await hub.list_files(repo, await storage_token(self._parts, storage, fileset.workspace))
             below = [f for f in listed if not prefix or f.path == prefix or f.path.startswith(f"{prefix}/")]
             return JsonReply({"data": [_shown(fileset, f, "cached" if f.cached else "not_cached") for f in below]})
         files = await self._parts.files.list_files(self._base(fileset), prefix)
@@ -106,10 +107,21 @@ class Files:
         content_type = request.headers.get("content-type", "")
         if content_type.lower().startswith("multipart/form-data"):
             chunks = first_part(chunks, content_type)
-        file = await self._parts.files.write(self._base(fileset), path, chunks)
+        file = await self._parts.files.write(self._base(fileset), path, chunks, self._while_there(fileset))
         if self._parts.specs is not None:
             self._parts.specs.touched([("filesets", fileset.workspace, fileset.name)])
+        if self._parts.adapters is not None:
+            self._parts.adapters.look_again()
         return JsonReply(_shown(fileset, file))
+
+    @asynccontextmanager
+    async def _while_there(self, fileset: Entity) -> AsyncIterator[None]:
+        """It is there, and stays. Raises NotFound: it may have been deleted while a file came."""
+        async with self._parts.store.transaction(keep=False) as tx:  # nobody writes meanwhile
+            now = await tx.find("filesets", fileset.workspace, fileset.name)
+            if now is None or now.id != fileset.id:
+                raise KINDS["filesets"].not_found(fileset.workspace, fileset.name)
+            yield
 
     async def delete(self, request: Request) -> Response:
         fileset, path = await self._fileset(request), request.path_params["path"]
@@ -129,10 +141,10 @@ class Files:
     async def _open(self, fileset: Entity, path: str) -> OpenFile | RemoteFile:
         """Raises NotFound, and BadRequest for a path that leads outside."""
         storage, hub = fileset.wish.storage, self._parts.hub
-        if not isinstance(storage, HuggingFaceStorage) or hub is None:
+        if (repo := repo_in(storage)) is None or hub is None:
             return await self._parts.files.open_file(self._base(fileset), path)
-        token = await hub_token(self._parts, storage, fileset.workspace)
-        found = await hub.open_file(hub_repo(storage), token, "/".join(split_path(path)))
+        token = await storage_token(self._parts, storage, fileset.workspace)
+        found = await hub.open_file(repo, token, "/".join(split_path(path)))
         return found if isinstance(found, RemoteFile) else await self._parts.files.open_path(found)
 
     def _base(self, fileset: Entity, done: str = "read") -> Path:

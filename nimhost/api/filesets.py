@@ -13,11 +13,13 @@ from nimhost.api.model_rules import check_trust
 from nimhost.api.parts import Parts
 from nimhost.api.references import users_of
 from nimhost.api.resource import Resource, show_entity
-from nimhost.api.rules import check_repo_id, check_storage
-from nimhost.entities import Entity, HuggingFaceStorage, ModelStatus, Storage
+from nimhost.api.rules import check_remote, check_storage
+from nimhost.config import ngc_api_key
+from nimhost.deployments.repos import repo_in
+from nimhost.deployments.storage import secret_of
+from nimhost.entities import Entity, HuggingFaceStorage, ModelStatus, NgcStorage, Storage
 from nimhost.errors import BadRequest, WeightsGated, WeightsMissing
-from nimhost.host.weights_wire import Repo
-from nimhost.refs import parse_ref
+from nimhost.refs import NGC_KEY, parse_ref
 from nimhost.store import Transaction
 
 Json = dict[str, Any]
@@ -31,20 +33,19 @@ class Filesets(Resource):
         """A revision becomes the commit that it stands for now, where the hub says so quickly: what is deployed later
         is what was looked at. A hub that is away is no reason to refuse."""
         storage = values.get("storage")
-        if not isinstance(storage, HuggingFaceStorage) or self.parts.hub is None:
+        if not isinstance(storage, HuggingFaceStorage | NgcStorage) or self.parts.hub is None:
             return values
-        check_repo_id(storage.repo_id)
-        token = await hub_token(self.parts, storage, workspace)
+        check_remote(storage)
+        repo = repo_in(storage)
+        assert repo is not None
+        token = await storage_token(self.parts, storage, workspace)
         try:
-            commit = await self.parts.hub.confirm(hub_repo(storage), token)
+            commit = await self.parts.hub.confirm(repo, token)
         except WeightsGated as error:
             raise BadRequest(f"Access denied to storage backend: {error.message}", error.hint) from error
         except WeightsMissing as error:
             raise BadRequest(f"Invalid storage configuration: {error.message}", error.hint) from error
-        if commit is None or commit == storage.revision:
-            return values
-        original = storage.original_revision or storage.revision
-        return values | {"storage": replace(storage, revision=commit, original_revision=original)}
+        return values if commit is None else values | {"storage": _pinned(storage, commit)}
 
     async def insert(self, tx: Transaction, workspace: str, name: str, wish: Any, status: Any) -> Entity:
         await self.parts.files.delete_all(self.parts.files.directory(workspace, name))  # of a former one
@@ -68,23 +69,34 @@ class Filesets(Resource):
     async def removed(self, gone: list[Entity]) -> None:
         for fileset in gone:
             await self.parts.files.delete_all(self.parts.files.directory(fileset.workspace, fileset.name))
+        if self.parts.stock is not None:
+            await self.parts.stock.discard(fileset.wish.storage for fileset in gone)
 
     async def deleted(self, entity: Entity) -> Response:
         return JsonReply(await show_entity(entity, self.parts))
 
 
-def hub_repo(storage: HuggingFaceStorage) -> Repo:
-    return Repo(storage.repo_id, storage.revision, storage.repo_type, storage.endpoint)
+def _pinned(storage: HuggingFaceStorage | NgcStorage, commit: str) -> Storage:
+    """With the commit, or the version, that was meant; what was asked for is kept beside it."""
+    if isinstance(storage, NgcStorage):
+        return replace(storage, version=commit)
+    if commit == storage.revision:
+        return storage
+    return replace(storage, revision=commit, original_revision=storage.original_revision or storage.revision)
 
 
-async def hub_token(parts: Parts, storage: HuggingFaceStorage, workspace: str) -> str | None:
-    """Raises BadRequest for a secret that does not exist."""
-    if storage.token_secret is None:
-        return None
-    secret = await parts.store.find("secrets", *parse_ref(storage.token_secret, workspace, "storage", "token_secret"))
-    if secret is None:
-        raise BadRequest(
-            f"Secret not found: {storage.token_secret}",
-            hint=f"nimhost secrets create {storage.token_secret.rpartition('/')[2]} --from-file -",
-        )
-    return parts.vault.open(secret.wish.value, secret.ref)
+async def storage_token(parts: Parts, storage: Storage, workspace: str) -> str | None:
+    """What opens it: the value of its secret. Raises BadRequest for one that does not exist."""
+    name = secret_of(storage)
+    return await token_named(parts, name, workspace) if name else None
+
+
+async def token_named(parts: Parts, name: str, workspace: str) -> str:
+    """The value of a secret. Raises BadRequest for one that does not exist."""
+    ref = parse_ref(name, workspace, "storage", "secret")
+    secret = await parts.store.find("secrets", *ref)
+    if secret is not None:
+        return parts.vault.open(secret.wish.value, secret.ref)
+    if ref == NGC_KEY and (key := ngc_api_key()):
+        return key
+    raise BadRequest(f"Secret not found: {name}", hint=f"nimhost secrets create {ref.name} --from-file -")

@@ -12,14 +12,16 @@ from msgspec import Struct
 from msgspec.structs import fields as struct_fields
 from msgspec.structs import replace
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from nimhost.api.decode import read_fields, read_struct
-from nimhost.api.http import JsonReply, query_flag, query_int, read_json
+from nimhost.api.http import EndlessReply, JsonReply, query_flag, query_int, read_json
 from nimhost.api.parts import Parts
+from nimhost.api.references import owner_of
 from nimhost.api.resource import get_entity, show_entity
+from nimhost.api.show import update_of
 from nimhost.entities import Entity, ServedModel, Status, Text255, Text1000
 from nimhost.errors import Conflict, InvalidRequest, NotFound
 from nimhost.kinds import KINDS
@@ -62,8 +64,8 @@ class Inference:
         deployment = await self._named(request, "deployments")
         if query_flag(request, "follow") or "text/event-stream" in request.headers.get("accept", ""):
             headers = {"cache-control": "no-store"}
-            return StreamingResponse(self._follow(deployment), headers=headers, media_type="text/event-stream")
-        return JsonReply(self._snapshot(deployment))
+            return EndlessReply(self._follow(deployment), headers=headers, media_type="text/event-stream")
+        return JsonReply(await self._snapshot(deployment))
 
     async def models(self, request: Request) -> Response:
         deployment = await self._named(request, "deployments")
@@ -85,6 +87,11 @@ class Inference:
             changes.setdefault("status_message", "")
         async with self._parts.store.transaction() as tx:
             provider = await self._named(request, "providers", tx)
+            if changes.get("model_deployment_id", provider.ref) != provider.ref and await owner_of(provider, tx):
+                raise Conflict(
+                    f"Provider '{provider.ref}' belongs to the deployment of that name.",
+                    hint="For a provider of its own: nimhost inference providers create NAME --host-url URL",
+                )
             if "model_deployment_id" in changes:
                 wish = replace(provider.wish, model_deployment_id=changes.pop("model_deployment_id"))
                 provider = await tx.update_wish(provider, wish)
@@ -92,6 +99,7 @@ class Inference:
                 changes["served_models"] = [_served(model, provider) for model in changes["served_models"]]
             if changes:
                 provider = await tx.set_status(provider, replace(provider.status, **changes))
+        self._parts.store.wake()
         return JsonReply(await show_entity(provider, self._parts))
 
     async def set_deployment_status(self, request: Request) -> Response:
@@ -109,6 +117,7 @@ class Inference:
             if found.model_provider_id is not None:
                 status = replace(status, model_provider_id=found.model_provider_id)
             deployment = await tx.set_status(deployment, status)
+        self._parts.store.wake()
         return JsonReply(await show_entity(deployment, self._parts))
 
     async def _desire(self, request: Request, desired: str) -> Response:
@@ -116,7 +125,7 @@ class Inference:
             deployment = await self._named(request, "deployments", tx)
             if deployment.wish.deleting:
                 raise Conflict(f"Deployment '{deployment.ref}' is being deleted.")
-            if deployment.wish.desired != desired or deployment.status.run.failure is not None:
+            if deployment.wish.desired != desired or deployment.status.run.failed:
                 deployment = await tx.update_wish(deployment, replace(deployment.wish, desired=desired))
                 status = replace(deployment.status, run=deployment.status.run.forgiven())
                 said = "Starting again." if desired == "running" else "Stopping."
@@ -127,11 +136,14 @@ class Inference:
         where = request.path_params
         return await get_entity(db or self._parts.store, kind, where["workspace"], where["name"])
 
-    def _snapshot(self, deployment: Entity) -> Json:
+    async def _snapshot(self, deployment: Entity) -> Json:
+        config = (deployment.workspace, deployment.wish.config)
+        latest = await self._parts.store.current_versions("deployment-configs", [config])
         return {
             "status": deployment.status.status,
             "status_message": deployment.status.status_message,
             "desired": deployment.wish.desired,
+            "update": update_of(deployment, deployment.wish.config_version or latest.get(config)),
             "progress": self._parts.host.progress(deployment),
         }
 
@@ -143,9 +155,9 @@ class Inference:
             async with cancelling(store.wait_change(store.revision), self._parts.host.wait_progress()) as waits:
                 found = await store.find("deployments", deployment.workspace, deployment.name)
                 if found is None or found.id != deployment.id:
-                    yield _event({"status": "DELETED", "status_message": "", "desired": "stopped", "progress": None})
+                    yield _event(_GONE)
                     return
-                now = self._snapshot(found)
+                now = await self._snapshot(found)
                 if now != last:
                     yield _event(now)
                     last = now
@@ -191,6 +203,9 @@ def _served(model: ServedModel, provider: Entity) -> ServedModel:
     return model if slash else ServedModel(f"{provider.workspace}/{workspace}", model.served_model_name)
 
 
+_GONE = {"status": "DELETED", "status_message": "", "desired": "stopped", "update": None, "progress": None}
+
+
 def _event(body: Json) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
@@ -208,7 +223,7 @@ async def stream_reply(chunks: AsyncIterator[bytes], media_type: str) -> Respons
     return BegunReply(first, chunks, media_type)
 
 
-class BegunReply(StreamingResponse):
+class BegunReply(EndlessReply):
     """Streams the rest of an iterator whose first item is under way, and ends both, whatever happens."""
 
     def __init__(self, first: asyncio.Future[bytes | None], chunks: AsyncIterator[bytes], media_type: str) -> None:

@@ -10,19 +10,20 @@ import re
 
 from nimhost.api.references import Reader
 from nimhost.config import Settings
+from nimhost.deployments.storage import origin_of
 from nimhost.engines.check import check_parallelism
+from nimhost.engines.reserved import check_reserved
 from nimhost.entities import (
     DeploymentConfig,
     Fileset,
-    HuggingFaceStorage,
+    GivenSpec,
     Model,
-    NgcStorage,
     Storage,
     ToolCallConfig,
 )
-from nimhost.errors import Forbidden
+from nimhost.errors import Forbidden, InvalidRequest, Problem
 from nimhost.models.chat_template import check_chat_template
-from nimhost.models.spec import FIELD, read_tool_calling
+from nimhost.models.spec import FIELD, missing_in, read_tool_calling
 from nimhost.refs import parse_ref
 
 
@@ -33,12 +34,24 @@ async def check_model(before: Model | None, wish: Model, workspace: str, db: Rea
     fileset: Fileset | None = found.wish if found else None
     if wish.trust_remote_code and (moved or before is None or not before.trust_remote_code):
         check_trust(fileset.storage if fileset else None, settings)
+    if wish.spec and wish.fileset is None:
+        check_whole(wish.spec)
     if wish.spec and (before is None or before.spec != wish.spec):
         if wish.spec.chat_template is not None:
             check_chat_template(wish.spec.chat_template, "spec.chat_template")
         check_tools(wish.spec.tool_call_config, workspace, settings, "spec.tool_call_config")
     if fileset and wish.fileset and moved:
         _check_inherited(fileset, wish.fileset, workspace, settings)
+
+
+def check_whole(spec: GivenSpec) -> None:
+    """For a model without files that could tell the rest. Raises InvalidRequest, naming every missing field."""
+    if missing := missing_in(spec):
+        raise InvalidRequest(
+            f"spec: Field required: {', '.join(missing)}",
+            "With a fileset, what a spec leaves open is read from the files.",
+            problems=tuple(Problem(("body", "spec", name), "Field required", "missing") for name in missing),
+        )
 
 
 def _check_inherited(fileset: Fileset, name: str, workspace: str, settings: Settings) -> None:
@@ -51,13 +64,7 @@ def _check_inherited(fileset: Fileset, name: str, workspace: str, settings: Sett
 
 def check_trust(storage: Storage | None, settings: Settings) -> None:
     """Code of a checkpoint runs inside the engine: only from where the settings allow it. Raises Forbidden."""
-    match storage:
-        case HuggingFaceStorage():
-            origin = storage.repo_id
-        case NgcStorage():
-            origin = f"{storage.org}/{storage.team}/{storage.target}"
-        case _:
-            origin = ""
+    origin = origin_of(storage) if storage else ""
     if not any(re.fullmatch(pattern, origin) for pattern in settings.models.trust_remote_code.allow):
         raise Forbidden(
             "Insufficient permissions to set the trust_remote_code field",
@@ -89,4 +96,5 @@ def check_engine(wish: DeploymentConfig, workspace: str, settings: Settings) -> 
     if spec.chat_template is not None:
         check_chat_template(spec.chat_template, "model_spec.chat_template")
     check_tools(spec.tool_call_config, workspace, settings, "model_spec.tool_call_config")
+    check_reserved(wish)
     check_parallelism(wish, settings.engines.nim.image)

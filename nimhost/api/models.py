@@ -24,6 +24,11 @@ class Models(Resource):
 
     async def change(self, tx: Transaction, entity: Entity, wish: Any, named: set[str], new_version: bool) -> Entity:
         await check_model(entity.wish, wish, entity.workspace, tx, settings_for_caller(self.parts.settings))
+        before = entity.wish.api_endpoint
+        if "api_endpoint" in named and wish.api_endpoint and wish.api_endpoint.api_key is None and before:
+            # No reply shows the key: who sends back what he got means to keep it. "" takes it away.
+            wish = replace(wish, api_endpoint=replace(wish.api_endpoint, api_key=before.api_key))
+            named = named - {"api_endpoint"}
         return await super().change(tx, entity, wish, named, new_version)
 
     async def written(self, entity: Entity) -> Entity:
@@ -32,8 +37,10 @@ class Models(Resource):
 
     def seal(self, wish: Any, ref: str, named: set[str]) -> Any:
         endpoint = wish.api_endpoint
-        if "api_endpoint" not in named or not endpoint or not endpoint.api_key:
+        if "api_endpoint" not in named or not endpoint:
             return wish
+        if not endpoint.api_key:
+            return replace(wish, api_endpoint=replace(endpoint, api_key=None))
         sealed = self.parts.vault.seal(endpoint.api_key, f"{ref}{ENDPOINT}")
         return replace(wish, api_endpoint=replace(endpoint, api_key=sealed))
 

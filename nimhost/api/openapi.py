@@ -108,7 +108,7 @@ _COMMON: dict[str, Json] = {
     ),
     "Progress": record(
         {"status": TEXT, "status_message": TEXT, "desired": {"enum": ["running", "stopped"]},
-         "progress": nullable(OPEN)}
+         "update": nullable({"enum": ["rolling", "failed"]}), "progress": nullable(OPEN)}
     ),
 }  # fmt: skip
 
@@ -122,7 +122,8 @@ def _operation(o: Operation) -> Json:
         if o.links:
             reply["links"] = o.links
         replies[str(code)] = reply
-    for error in sorted({*o.errors, *EVERYWHERE}):
+    changes = o.method != "GET" and o.tag != "gateway" and not o.path.endswith("{path}")  # there files come
+    for error in sorted({*o.errors, *EVERYWHERE, *((415,) if changes else ())}):
         replies[str(error)] = {"$ref": f"#/components/responses/{error}"}
     replies["5XX"] = {"$ref": "#/components/responses/5XX"}
     found: Json = {"operationId": o.id, "summary": o.summary, "tags": [o.tag], "responses": replies}

@@ -40,6 +40,23 @@ def of_platform() -> Iterator[Operation]:
         ("/openapi.json", "openapi", "This document", OPEN),
     ):  # fmt: skip
         yield Operation(path=path, method="GET", id=id, summary=summary, tag="platform", replies={200: {JSON: schema}})
+    yield Operation(
+        path="/metrics", method="GET", id="metrics", summary="What Prometheus scrapes", tag="platform",
+        replies={200: {PLAIN: TEXT}},
+    )  # fmt: skip
+    yield Operation(
+        path="/apis/nimhost/v1/requests", method="GET", id="list_requests", summary="The last requests to models",
+        tag="platform", errors=(422,),
+        replies={200: {JSON: record({"data": {"type": "array", "items": OPEN}, "dropped": {"type": "integer"}}),
+                       EVENTS: TEXT}},
+        query=(
+            query("limit", {"type": "integer", "minimum": 0, "maximum": 2000}, "Only so many of the newest."),
+            *(query(key, TEXT, f"Only those of this {key}.") for key in ("model", "provider", "adapter")),
+            query("workspace", TEXT, "Only those of this workspace."),
+            flag("failed", "Only those that failed."),
+            flag("follow", "Stay, and send what comes."),
+        ),
+    )  # fmt: skip
     yield Operation(path="/", method="GET", id="root", summary="OK", tag="platform", replies={200: {PLAIN: TEXT}})
 
 
@@ -48,6 +65,7 @@ def of_others() -> Iterator[Operation]:
     yield from _of_deployments(f"{KINDS['deployments'].path('{workspace}')}/{{name}}")
     yield from _of_adapters(f"{KINDS['models'].path('{workspace}')}/{{model}}/adapters")
     yield from _of_tokens("/apis/nimhost/v1/tokens")
+    yield from _of_weights("/apis/nimhost/v1/weights")
     wish = {"config": ref("DeploymentConfigWish"), "fileset": nullable(ref("FilesetWish")), "workspace": TEXT}
     yield Operation(
         path="/apis/nimhost/v1/plan", method="POST", id="plan", summary="What would become of a deployment",
@@ -67,6 +85,38 @@ def of_others() -> Iterator[Operation]:
         path=f"{KINDS['secrets'].path('{workspace}')}/{{name}}/access", method="GET", id="access_secret",
         summary="The value of a secret", tag="secrets", errors=(404,),
         replies={200: {JSON: record({"name": TEXT, "workspace": TEXT, "value": TEXT})}},
+    )  # fmt: skip
+
+
+def _of_weights(path: str) -> Iterator[Operation]:
+    strings = {"type": "array", "items": TEXT}
+    named = {"repo_id": TEXT, "revision": nullable(TEXT), "registry": {"enum": ["hub", "ngc"]},
+             "repo_type": {"enum": ["model", "dataset", "space", "resource"]}, "endpoint": nullable(TEXT)}  # fmt: skip
+    wanted = {**named, "secret": nullable(TEXT), "workspace": TEXT, "allow": strings, "ignore": strings}
+    rows = {"type": "array", "items": OPEN}
+    events: dict[int, Json | None] = {200: {EVENTS: TEXT}}
+    yield Operation(
+        path=path, method="GET", id="list_weights", summary="What the weights cache holds, and who uses it",
+        tag="weights", replies={200: {JSON: record({"data": rows})}},
+    )  # fmt: skip
+    yield Operation(
+        path=f"{path}/pull", method="POST", id="pull_weights", summary="Fetch weights ahead, and follow it",
+        tag="weights", replies=events, errors=BODY_ERRORS, body={JSON: record(wanted, ["repo_id"])},
+    )  # fmt: skip
+    yield Operation(
+        path=f"{path}/stop", method="POST", id="stop_pulling_weights", summary="End such a pull; what came stays",
+        tag="weights", replies={200: {JSON: record({"repo": TEXT})}}, errors=(*BODY_ERRORS, 404),
+        body={JSON: record(named, ["repo_id"])},
+    )  # fmt: skip
+    yield Operation(
+        path=f"{path}/verify", method="POST", id="verify_weights", summary="Hash what is there anew", tag="weights",
+        replies=events, errors=BODY_ERRORS, body={JSON: record(named, ["repo_id"])},
+    )  # fmt: skip
+    gone = {"data": rows, "freed_bytes": {"type": "integer"}, "kept": rows}
+    yield Operation(
+        path=f"{path}/prune", method="POST", id="prune_weights", summary="Remove what nimhost fetched and nobody uses",
+        tag="weights", replies={200: {JSON: record(gone)}}, errors=BODY_ERRORS,
+        body={JSON: record({"unused_for_s": {"type": "number", "minimum": 0}, "dry_run": {"type": "boolean"}}, [])},
     )  # fmt: skip
 
 

@@ -8,10 +8,13 @@ from typing import Any, Protocol
 
 from nimhost.api.access import TokenTable
 from nimhost.config import Settings
+from nimhost.deployments.weights_stock import Stock
 from nimhost.entities import DeploymentConfig, Entity, Fileset
+from nimhost.gateway.proxy import Gateway
 from nimhost.host.files import FileStorage
 from nimhost.host.hub_files import HubFiles
 from nimhost.host.vault import Vault
+from nimhost.refs import Ref
 from nimhost.store import Store
 
 Json = dict[str, Any]
@@ -36,6 +39,33 @@ class ModelSpecs(Protocol):
         ...
 
 
+class AdapterLoading(Protocol):
+    """What loads adapters into engines: see `nimhost.deployments.loading`."""
+
+    async def check(self, fileset: Entity, model: Entity) -> int:
+        """The rank of the adapter in a fileset; 0 while it is not known.
+
+        Raises InvalidRequest, naming the field, for what can never be loaded beside that model; a HostError.
+        """
+        ...
+
+    def refusal(self, rank: int, model: Ref) -> str | None:
+        """Why no engine of that model that runs now can load it; None when one can, or none runs."""
+        ...
+
+    async def settle(self, ref: Ref) -> None:
+        """Returns when engines are in step with the wish, or it is known why not, or after a few seconds."""
+        ...
+
+    def shown(self, row: Entity) -> Json:
+        """What replies about an adapter show besides: `served_name`, `loaded_on`, `status_message`."""
+        ...
+
+    def look_again(self) -> None:
+        """Files of an adapter may have changed."""
+        ...
+
+
 class Preview(Protocol):
     """What would become of a deployment: see `nimhost.deployments.explain`."""
 
@@ -56,6 +86,12 @@ class HostView(Protocol):
         ...
 
     async def gpus(self) -> list[Json]: ...
+
+    def readings(self) -> Json:
+        """What is known without looking: `deployments` {status: how many}, `gpus` [{index, uuid, name, memory_bytes,
+        used_bytes}].
+        """
+        ...
 
     def logs(self, deployment: Entity, tail: int | None, follow: bool) -> AsyncIterator[bytes]:
         """The last `tail` lines of its container (None: all), then what comes if `follow`. Raises NotReady, NotFound
@@ -84,4 +120,10 @@ class Parts:
     """None: filesets on a hub are stored as they are said, and their files are not shown."""
     specs: ModelSpecs | None = None
     previews: Preview | None = None
+    stock: Stock | None = None
+    """The weights cache; None: there is none."""
+    adapters: AdapterLoading | None = None
+    """None: they are stored, and that is all."""
     tokens: TokenTable = field(default_factory=TokenTable)
+    gateway: Gateway | None = None
+    """What it counted and logged is told; None: there is nothing to tell."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from nimhost.deployments.desired import model_ref
-from nimhost.entities import Entity, HuggingFaceStorage, NgcStorage
+from nimhost.deployments.storage import secret_of
+from nimhost.entities import Entity
 from nimhost.errors import Conflict, InUse
 from nimhost.kinds import KINDS
 from nimhost.refs import DEFAULT_WORKSPACE, SYSTEM_WORKSPACE
@@ -51,15 +52,6 @@ def _named_by(entity: Entity) -> Iterator[tuple[str, str | None]]:
             yield "models", wish.default_model_entity
         case "deployments" if not wish.deleting:
             yield "deployment-configs", wish.config
-
-
-def secret_of(storage: object) -> str | None:
-    match storage:
-        case HuggingFaceStorage(token_secret=ref):
-            return ref
-        case NgcStorage(api_key_secret=ref):
-            return ref
-    return None
 
 
 def _plugin_of(spec: object) -> str | None:

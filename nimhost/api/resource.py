@@ -6,7 +6,8 @@ With `dry_run=true` all of that happens too, and is undone: the reply says what 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -18,19 +19,22 @@ from starlette.routing import Route
 
 from nimhost.api.decode import read_fields
 from nimhost.api.http import JsonReply, bad_sort, empty_reply, query_flag, query_int, read_json
-from nimhost.api.parts import Parts
+from nimhost.api.parts import AdapterLoading, Parts
 from nimhost.api.references import check_deletable, users_of_version
 from nimhost.api.rules import check_workspace, complete
-from nimhost.api.show import Facts, page_of, show
+from nimhost.api.show import Facts, page_of, show, show_unreadable
+from nimhost.deployments.storage import ref_in
 from nimhost.entities import Entity
 from nimhost.errors import BadRequest, Conflict
 from nimhost.filters import Filter, names_field, parse_filter
 from nimhost.kinds import KINDS, Kind
-from nimhost.refs import ALL_WORKSPACES, check_name
-from nimhost.store import Store, Transaction
+from nimhost.refs import ALL_WORKSPACES, Ref, check_name
+from nimhost.store import Store, Transaction, is_readable
 
 Json = dict[str, Any]
 Endpoint = Callable[[Request], Awaitable[Response]]
+STEP = 100
+"""So many rows are shown at once."""
 
 
 class _Named(Struct):
@@ -71,7 +75,10 @@ async def gather_facts(entities: list[Entity], parts: Parts, verbose: bool = Fal
     following = [(e.workspace, e.wish.config) for e in entities if e.kind == "deployments"]
     latest = await parts.store.current_versions("deployment-configs", following) if following else {}
     models = [e.ref for e in entities if e.kind == "models"]
-    adapters = await parts.store.adapters_of(models) if models else []
+    adapters: dict[str, list[Entity]] = {}
+    for adapter in await parts.store.adapters_of(models) if models else ():
+        adapters.setdefault(adapter.wish.model, []).append(adapter)
+    filesets = await parts.store.by_ref("filesets") if entities and entities[0].kind == "adapters" else {}
     return [
         Facts(
             verbose=verbose,
@@ -79,10 +86,20 @@ async def gather_facts(entities: list[Entity], parts: Parts, verbose: bool = Fal
             progress=parts.host.progress(e) if e.kind == "deployments" else None,
             directory=str(parts.files.directory(e.workspace, e.name)) if e.kind == "filesets" else None,
             hub_endpoint=parts.settings.weights.endpoint,
-            adapters=tuple(a for a in adapters if a.wish.model == e.ref) if e.kind == "models" else (),
+            loading=_loading(e, parts.adapters, filesets) if e.kind == "adapters" and parts.adapters else None,
+            adapters=tuple(adapters.get(e.ref, ())) if e.kind == "models" else (),
         )
         for e in entities
     ]
+
+
+def _loading(adapter: Entity, loading: AdapterLoading, filesets: Mapping[Ref, Entity]) -> Json:
+    """Where it is loaded. An adapter keeps nobody from deleting its files, but says that they are gone."""
+    shown = loading.shown(adapter)
+    if ref_in(adapter.wish.fileset, adapter.workspace) in filesets:
+        return shown
+    said = f"Fileset {adapter.wish.fileset} does not exist any more: delete the adapter, or give it another fileset."
+    return shown | {"status_message": said}
 
 
 def is_dry(request: Request) -> bool:
@@ -185,12 +202,22 @@ class Resource:
     async def list_page(self, request: Request) -> Response:
         query = await self.list_query(request)
         rows, total = await self.rows(query)
-        facts = await gather_facts(rows, self.parts, query_flag(request, "verbose"))
-        items = [show(row, fact, nulls=self.kind.list_nulls) for row, fact in zip(rows, facts, strict=True)]
+        whole = [row for row in rows if is_readable(row)]
+        items = await self._shown(rows, iter(await gather_facts(whole, self.parts, query_flag(request, "verbose"))))
         return JsonReply(
             page_of(items, self.kind, total=total, page=query.page, page_size=query.page_size, sort=query.sort,
                     filter=query.shown)
         )  # fmt: skip
+
+    async def _shown(self, rows: list[Entity], facts: Iterator[Facts]) -> list[Json]:
+        """`facts` of those that can be read. In steps, so that nobody waits while a large page is made."""
+        items: list[Json] = []
+        for begin in range(0, len(rows), STEP):
+            for row in rows[begin : begin + STEP]:
+                shown = show(row, next(facts), nulls=self.kind.list_nulls) if is_readable(row) else show_unreadable(row)
+                items.append(shown)
+            await asyncio.sleep(0)
+        return items
 
     async def list_query(self, request: Request) -> ListQuery:
         kind, given = self.kind, request.query_params
@@ -248,18 +275,18 @@ class Resource:
     async def put(self, request: Request) -> Response:
         values = self.read(await read_json(request))
         workspace, name = self.workspace(request), request.path_params["name"]
-        keep = not is_dry(request)
-        if self.kind.upsert and not await self.parts.store.find(self.kind.key, workspace, name):
-            entity = await self._insert(workspace, check_name(name), values, keep)
-            return JsonReply(await show_entity(entity, self.parts))
-        async with self.parts.store.transaction(keep) as tx:
-            entity = await self.named(request, tx)
-            await self.check_changeable(tx, entity)
-            wish, status = self._halves(values)
-            entity = await self.change(tx, entity, wish, set(values), False)
-            if status:
-                entity = await tx.set_status(entity, replace(entity.status, **status))
+        async with self.parts.store.transaction(keep=not is_dry(request)) as tx:
+            if self.kind.upsert and not await tx.find(self.kind.key, workspace, name):
+                entity = await self._insert_in(tx, workspace, check_name(name), values)
+            else:
+                entity = await self._replace_in(tx, await self.named(request, tx), values)
         return JsonReply(await show_entity(entity, self.parts))
+
+    async def _replace_in(self, tx: Transaction, entity: Entity, values: Json) -> Entity:
+        await self.check_changeable(tx, entity)
+        wish, status = self._halves(values)
+        entity = await self.change(tx, entity, wish, set(values), False)
+        return await tx.set_status(entity, replace(entity.status, **status)) if status else entity
 
     async def renew(self, request: Request) -> Response:
         """A new version: everything is as the body says, but for the fields that a kind keeps."""
@@ -276,10 +303,17 @@ class Resource:
     async def delete(self, request: Request) -> Response:
         dry = is_dry(request)
         async with self.parts.store.transaction(keep=not dry) as tx:
-            entity = await self.named(request, tx)
-            gone = await self.remove(tx, entity)
+            broken = await tx.find_unreadable(self.kind.key, self.workspace(request), request.path_params["name"])
+            if broken:
+                await tx.delete(broken)
+            else:
+                entity = await self.named(request, tx)
+                gone = await self.remove(tx, entity)
         if dry:
-            return would_delete(gone)
+            return would_delete([broken] if broken else gone)
+        if broken:
+            code = self.kind.delete_code
+            return empty_reply(code) if code == 204 else JsonReply(show_unreadable(broken), code)
         await self.removed(gone)
         return await self.deleted(entity)
 
@@ -324,16 +358,19 @@ class Resource:
         return self.kind.wish(**{key: value for key, value in values.items() if key not in status}), status
 
     async def _insert(self, workspace: str, name: str, values: Json, keep: bool) -> Entity:
-        kind, named = self.kind, set(values)
-        if kind.in_workspace:
+        if self.kind.in_workspace:
             await check_workspace(workspace, self.parts.store)
         values = await self.prepare(workspace, name, values, None)
-        wish, status = self._halves(values)
         async with self.parts.store.transaction(keep) as tx:
-            if kind.in_workspace:
-                await check_workspace(workspace, tx)
-            if await tx.find(kind.key, workspace, name):
-                raise kind.already_exists(workspace, name, getattr(wish, "model", ""))
-            wish = await complete(kind.key, wish, workspace, tx, self.parts.settings)
-            wish = self.seal(wish, f"{workspace}/{name}", named)
-            return await self.insert(tx, workspace, name, wish, kind.status(**status))
+            return await self._insert_in(tx, workspace, name, values)
+
+    async def _insert_in(self, tx: Transaction, workspace: str, name: str, values: Json) -> Entity:
+        kind = self.kind
+        wish, status = self._halves(values)
+        if kind.in_workspace:
+            await check_workspace(workspace, tx)
+        if await tx.find(kind.key, workspace, name):
+            raise kind.already_exists(workspace, name, getattr(wish, "model", ""))
+        wish = await complete(kind.key, wish, workspace, tx, self.parts.settings)
+        wish = self.seal(wish, f"{workspace}/{name}", set(values))
+        return await self.insert(tx, workspace, name, wish, kind.status(**status))

@@ -8,16 +8,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
 from nimhost.api.access import settings_for_caller
+from nimhost.api.container_rules import check_container
+from nimhost.api.engine_gates import check_gates
 from nimhost.api.model_rules import check_engine
+from nimhost.api.own_address import check_not_own
 from nimhost.api.references import Reader
-from nimhost.auth_header import check_auth_header
-from nimhost.config import Settings, ngc_api_key
+from nimhost.auth_header import NOT_SETTABLE, check_auth_header
+from nimhost.config import Settings, data_dir, ngc_api_key
 from nimhost.deployments.desired import model_ref
 from nimhost.entities import (
     Adapter,
@@ -35,19 +39,30 @@ from nimhost.entities import (
     Wish,
 )
 from nimhost.errors import BadRequest, InvalidRequest
+from nimhost.host.weights import ngc
 from nimhost.kinds import KINDS
-from nimhost.refs import NGC_KEY, Ref, parse_ref
+from nimhost.refs import NGC_KEY, PROJECT, Ref, parse_ref
 
 Json = dict[str, Any]
 _HUB_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_NGC_NAME = re.compile(r"[A-Za-z0-9](?!.*(\.\.|--))[\w.-]*")
+_NGC_VERSION = re.compile(r"[A-Za-z0-9](?!.*\.\.)[\w.+@=-]*")
 _FORBIDDEN_HEADERS = {"authorization": "Authorization", "cookie": "Cookie"}
 
 
 async def complete(kind: str, wish: Wish, workspace: str, db: Reader, settings: Settings) -> Any:
     """The wish as it is to be stored. Raises BadRequest, InvalidRequest, Forbidden."""
+    if kind != "filesets":  # there it is any text
+        check_project(getattr(wish, "project", None))
     rule = RULES.get(kind)
     return wish if rule is None else await rule(wish, workspace, db, settings_for_caller(settings))
+
+
+def check_project(project: str | None) -> None:
+    if project is not None and not re.fullmatch(PROJECT.removesuffix("$"), project):
+        raise InvalidRequest.field(
+            f"String should match pattern '{PROJECT}'", "project", input=project, type="string_pattern_mismatch"
+        )
 
 
 async def check_workspace(workspace: str, db: Reader) -> None:
@@ -86,10 +101,12 @@ async def _fileset(wish: Fileset, workspace: str, db: Reader, settings: Settings
     match wish.storage:
         case LocalStorage(path=str(path)):
             check_local_path(path, settings.files.allow_local_paths)
+            check_apart(path, data_dir(settings))
         case HuggingFaceStorage() as hub:
-            check_repo_id(hub.repo_id)
+            check_remote(hub)
             await _need_secret(hub.token_secret, workspace, db, "token_secret")
         case NgcStorage() as ngc:
+            check_remote(ngc)
             await _need_secret(ngc.api_key_secret, workspace, db, "api_key_secret")
     return wish
 
@@ -105,6 +122,33 @@ def check_local_path(path: str, allowed: bool) -> None:
             f"storage.path: '{path}' is not an absolute path of a directory on the machine that runs nimhost.",
             hint=f"Try: ls -d {os.path.abspath(path)}" if path and "\0" not in path else None,
         )
+
+
+def check_apart(path: str, data: Path) -> None:
+    """Whoever reads files of a fileset must not read the key and the database. Raises BadRequest."""
+    wanted, ours = Path(path).resolve(), data.resolve()
+    if wanted == ours or wanted in ours.parents or ours in wanted.parents:
+        raise BadRequest(
+            f"storage.path: '{path}' and nimhost's own data directory are not apart.",
+            hint="Name the directory that has the model's files, or upload them into the fileset.",
+        )
+
+
+def check_remote(storage: HuggingFaceStorage | NgcStorage) -> None:
+    """Whether it names something that can exist."""
+    if isinstance(storage, HuggingFaceStorage):
+        check_repo_id(storage.repo_id)
+        return
+    if urlsplit(storage.host).scheme not in ("http", "https") or not urlsplit(storage.host).hostname:
+        raise BadRequest(f"storage.host: '{storage.host}' is not an address.", hint=f"NGC's is {ngc.ENDPOINT}")
+    parts = {"org": storage.org, "team": storage.team, "target": storage.target, "version": storage.version}
+    for field, text in parts.items():
+        rule = _NGC_VERSION if field == "version" else _NGC_NAME
+        if text is not None and not rule.fullmatch(text):
+            raise BadRequest(
+                f"storage.{field}: '{text}' cannot be the name of something on NGC.",
+                hint="As in the catalogue: org nvidia, team nemo (no-team: none), target my-model, version 1.0.",
+            )
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -168,6 +212,7 @@ async def _virtual_model(wish: VirtualModel, workspace: str, db: Reader, setting
 async def _config(wish: DeploymentConfig, workspace: str, db: Reader, settings: Settings) -> DeploymentConfig:
     check_config(wish)
     check_engine(wish, workspace, settings)
+    await check_gates(wish, workspace, db, settings)
     if wish.model_entity_id is not None:
         parse_ref(wish.model_entity_id, workspace, "model_entity_id")
         return wish
@@ -185,13 +230,9 @@ def check_config(wish: DeploymentConfig) -> None:
             "model_spec.model_revision cannot be set when model_spec.model_name has a revision ('name@revision').",
             hint="Say the revision in one of the two places.",
         )
-    for name in executor.additional_envs or {}:
-        if not _ENV_NAME.fullmatch(name):
-            raise InvalidRequest.field(
-                f"'{name}' cannot be the name of an environment variable", "executor_config", "additional_envs", name
-            )
     if wish.engine == "generic":
         _check_generic(wish)
+    check_container(executor)
 
 
 def _check_generic(wish: DeploymentConfig) -> None:
@@ -232,6 +273,7 @@ async def _deployment(wish: Deployment, workspace: str, db: Reader, settings: Se
 
 async def _provider(wish: Provider, workspace: str, db: Reader, settings: Settings) -> Provider:
     check_provider(wish)
+    check_not_own(wish.host_url, settings.server)
     secret = wish.api_key_secret_name
     if secret is not None and not await _has_secret(Ref(workspace, secret), db):
         raise BadRequest(
@@ -250,6 +292,8 @@ def check_provider(wish: Provider) -> None:
                 raise BadRequest(f"{word} header is not allowed in {field}.{advice}")
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(r"[\r\n\0]", value):
                 raise InvalidRequest.field("Not a header: a token as name, one line as value", field, name)
+            if name.lower() in NOT_SETTABLE:
+                raise InvalidRequest.field("nimhost sets this header itself, for every request", field, name)
     if wish.auth_header_format is not None:
         check_auth_header(wish.auth_header_format)
 

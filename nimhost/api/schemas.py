@@ -39,7 +39,14 @@ EXTRA: dict[str, Json] = {
     "deployments": {"config_version": {"type": "integer"}, "progress": {"anyOf": [OPEN, NULL]}},
 }
 """Fields that replies about a kind show beside its halves, or show differently from them."""
-SOMETIMES: dict[str, Json] = {"deployments": {"warnings": {"type": "array", "items": TEXT}, "plan": OPEN}}
+SOMETIMES: dict[str, Json] = {
+    "deployments": {"warnings": {"type": "array", "items": TEXT}, "plan": OPEN},
+    "adapters": {
+        "served_name": TEXT,
+        "loaded_on": {"type": "array", "items": TEXT},
+        "status_message": {"anyOf": [TEXT, NULL]},
+    },
+}
 """Fields that are there when there is something to say."""
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from msgspec import Struct, to_builtins
+from msgspec import NODEFAULT, Struct, to_builtins
+from msgspec.structs import FieldInfo
+from msgspec.structs import fields as struct_fields
 
-from nimhost.entities import Entity, LocalStorage, Model
+from nimhost.entities import DeploymentStatus, Entity, LocalStorage, Model
 from nimhost.kinds import KINDS, Kind
 from nimhost.models.spec import with_spec
+from nimhost.runs import Update
 
 Json = dict[str, Any]
 
@@ -26,6 +29,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     hub_endpoint: str | None = None
     adapters: tuple[Entity, ...] = ()
     """Of a model."""
+    loading: Json | None = None
+    """Of an adapter: where it is loaded, or why not."""
 
 
 def show(entity: Entity, facts: Facts | None = None, *, nulls: bool = True) -> Json:
@@ -46,6 +51,23 @@ def show(entity: Entity, facts: Facts | None = None, *, nulls: bool = True) -> J
     if entity.kind == "models":
         body["adapters"] = [show(adapter, nulls=nulls) for adapter in facts.adapters]
     return body if nulls else _without_nulls(body, entity)
+
+
+def show_unreadable(entity: Entity) -> Json:
+    """A row whose wish cannot be read, among others of its kind: who reads them all finds the fields of a kind that
+    has nothing in them."""
+    kind, problem = KINDS[entity.kind], f"It cannot be read: {entity.wish.problem}. Delete it, and make it again."
+    body = {**_identity(entity, kind), **{f.encode_name: _nothing(f) for f in struct_fields(kind.wish)}}
+    body = to_builtins(entity.status) | body | kind.fixed
+    if "status_message" in body:
+        body |= {"status": "ERROR", "status_message": problem}
+    return {k: v for k, v in body.items() if k not in (*kind.hidden, *kind.secret)} | {"unreadable": problem}
+
+
+def _nothing(field: FieldInfo) -> object:
+    if not field.required:
+        return to_builtins(field.default_factory() if field.default is NODEFAULT else field.default)
+    return {} if isinstance(field.type, type) and issubclass(field.type, Struct) else ""
 
 
 def page_of(
@@ -86,6 +108,7 @@ def _adjust(body: Json, entity: Entity, facts: Facts) -> None:
         case "deployments":
             body["config_version"] = entity.wish.config_version or facts.config_version
             body["progress"] = facts.progress
+            body["update"] = update_of(entity, body["config_version"])
             if warnings := (entity.status.run.resolved or {}).get("warnings"):
                 body["warnings"] = warnings
         case "filesets" if isinstance(entity.wish.storage, LocalStorage) and not entity.wish.storage.path:
@@ -94,8 +117,20 @@ def _adjust(body: Json, entity: Entity, facts: Facts) -> None:
             body["storage"]["endpoint"] = body["storage"]["endpoint"] or facts.hub_endpoint
         case "virtual-models":
             body["entity_id"] = entity.id
+        case "adapters" if facts.loading is not None:
+            body.update(facts.loading)
         case "models":
             _mask_model(body, entity.wish, facts.verbose)
+
+
+def update_of(deployment: Entity, config_version: int | None) -> Update | None:
+    """How its update is going. While its status is about another version than is wished by now, it rolls: the
+    reconciler will say more in a moment."""
+    status: DeploymentStatus = deployment.status
+    if status.status not in ("READY", "ERROR", "LOST") or not status.run.version or deployment.wish.deleting:
+        return status.update
+    seen = (status.run.version, status.run.config_version) == (deployment.version, config_version or 0)
+    return status.update if seen else "rolling"
 
 
 def _mask_model(body: Json, model: Model, verbose: bool) -> None:
@@ -113,6 +148,9 @@ def _without_nulls(body: Json, entity: Entity) -> Json:
     kept: Json = {}
     for key, value in body.items():
         if value is None:
+            continue
+        if not isinstance(value, dict | list):
+            kept[key] = value
             continue
         source = getattr(entity.wish, key, getattr(entity.status, key, None))
         if isinstance(source, Struct) or (isinstance(source, list) and any(isinstance(v, Struct) for v in source)):

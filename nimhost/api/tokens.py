@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nimhost.api.access import CALLER, FIRST_ADMINISTRATOR
+from nimhost.api.access import CALLER, FIRST_ADMINISTRATOR, is_loopback
 from nimhost.api.decode import read_struct
 from nimhost.api.http import JsonReply, empty_reply, read_json
 from nimhost.api.parts import Parts
@@ -42,6 +42,8 @@ class Tokens:
     def __init__(self, parts: Parts) -> None:
         self._store = parts.store
         self._table = parts.tokens
+        self._open = not is_loopback(parts.settings.server.host)
+        """Other machines reach it."""
 
     async def list(self, request: Request) -> Response:
         return JsonReply({"data": [shown(token) for token in self._table.all()]})
@@ -71,6 +73,12 @@ class Tokens:
             )
         async with self._store.transaction() as tx:
             stored = await delete_token(tx, name)
+            if self._open and not any("admin" in token.scopes for token in [*stored, *self._table.fixed]):
+                raise Conflict(
+                    f"The API token '{name}' is the last of an administrator, and other machines reach this nimhost: "
+                    "without it nobody could make another.",
+                    "First make one in its place: nimhost tokens create NAME --scope admin",
+                )
         self._table.put(stored)
         return empty_reply(204)
 

@@ -31,6 +31,8 @@ class Workspaces(Resource):
         models = [e.ref for e in gone if e.kind == "models"]
         gone += [e for e in await tx.adapters_of(models) if e.workspace != entity.name]
         owned = {e.id for e in gone if e.kind == "providers" and await owner_of(e, tx)}
+        for row in await tx.unreadable_in(entity.name):
+            await tx.delete(row)
         for row in gone:
             if row.kind == "deployments":
                 await begin_deletion(tx, row)

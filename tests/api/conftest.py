@@ -47,6 +47,10 @@ class FakeHost:
     def summary(self) -> Json:
         return {"status": "degraded", "services": {"ready": ["api"], "not_ready": [{"name": "docker", "message": "x"}]}}
 
+    def readings(self) -> Json:
+        gpu = {"index": 0, "uuid": "GPU-1", "name": "SIM", "memory_bytes": 24 << 30, "used_bytes": 1 << 30}
+        return {"deployments": {"READY": 2}, "gpus": [gpu]}
+
     async def gpus(self) -> list[Json]:
         return [{"index": 0, "uuid": "GPU-1", "name": "SIM"}]
 

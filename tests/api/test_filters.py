@@ -57,6 +57,7 @@ def test_what_cannot_be_read_is_refused(text: str) -> None:
         '{"name":{"$not":' * 1 + '{"$not":' * 100 + '"x"' + "}" * 101 + "}",
         '{"$or":[' + ",".join(['{"name":"x"}'] * 300) + "]}",
         '{"name":{"$in":[' + ",".join(['"x"'] * 300) + "]}}",
+        '{"a":' * 2000 + "1" + "}" * 2000,
         '{"created_at":{"$gte":"yesterday"}}',
         '{"created_at":{"$gte":5}}',
         '{"data.":"x"}',
@@ -158,3 +159,18 @@ async def test_times_compare_as_times_in_any_spelling(models: World) -> None:
 async def test_an_empty_filter_is_none(world: World) -> None:
     await world.make(SECRETS, name="ss", value="x")
     assert len((await world("GET", f"{SECRETS}?filter=")).json()["data"]) == 1
+
+
+@pytest.mark.parametrize("path", [LIST, FILESETS, "/apis/entities/v2/workspaces", f"{MODELS}/providers"])
+async def test_every_kind_is_filtered_by_what_all_have(world: World, path: str) -> None:
+    for query in ("filter[entity_type]=nothing_of_ours", "filter[project]=nowhere", 'filter=entity_type:"x"'):
+        reply = await world("GET", f"{path}?{query}")
+        assert (reply.status_code, reply.json()["data"]) == (200, []), reply.text
+
+
+async def test_the_entity_type_is_that_of_the_ids(models: World) -> None:
+    assert await names(models, "filter[entity_type]=model") == ["adapted", "plain", "served", "tuned"]
+    assert await names(models, "-entity_type:model") == []
+    configs = f"{MODELS}/deployment-configs"
+    assert await names(models, "filter[entity_type]=model_deployment_config", configs) == ["cfg"]
+    assert await names(models, "filter[project]=pp") == ["plain"]

@@ -11,11 +11,13 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from msgspec.structs import replace
 
 from nimhost.api.app import control_plane, entry
 from nimhost.config import Settings
-from nimhost.entities import ProviderStatus, ServedModel
+from nimhost.entities import ProviderStatus, ServedModel, Status
 from nimhost.errors import NotReady
+from nimhost.runs import Run
 from tests.api.conftest import MODELS, World, gateway
 from tests.support import eventually
 
@@ -100,7 +102,7 @@ async def test_progress_is_a_snapshot(deployed: World) -> None:
     body = (await deployed("GET", f"{DEPLOYMENT}/progress")).json()
     assert body == {
         "status": "CREATED", "status_message": "Deployment created", "desired": "running",
-        "progress": {"image": {"done_bytes": 1}},
+        "update": None, "progress": {"image": {"done_bytes": 1}},
     }  # fmt: skip
     assert (await deployed("GET", DEPLOYMENT)).json()["progress"] == {"image": {"done_bytes": 1}}
 
@@ -249,3 +251,20 @@ async def test_an_old_version_goes_unless_it_runs(deployed: World) -> None:
     assert (await deployed("DELETE", f"{config}/versions/1")).status_code == 204
     assert [v["entity_version"] for v in (await deployed("GET", f"{config}/versions")).json()] == [3, 2]
     assert (await deployed("DELETE", f"{DEPLOYMENT}/versions/1")).status_code == 202
+
+
+@pytest.mark.parametrize("status", ["READY", "ERROR"])
+async def test_a_status_of_before_a_change_is_not_taken_for_its_outcome(deployed: World, status: Status) -> None:
+    entity = await deployed.store.get("deployments", "default", "dd")
+    seen = replace(entity.status.moved(status, "as it was", "t"), run=Run(version=1, config_version=1))
+    await deployed.store.set_status(entity, seen)
+    assert (await deployed("GET", f"{DEPLOYMENT}/progress")).json()["update"] is None
+    config = (await deployed("GET", f"{MODELS}/deployment-configs/cfg")).json()
+    body = {"engine": config["engine"], "model_spec": {}, "executor_config": {"gpu": 1, "additional_args": ["--new"]}}
+    assert (await deployed("POST", f"{MODELS}/deployment-configs/cfg", json=body)).json()["entity_version"] == 2
+    for path in (DEPLOYMENT, f"{DEPLOYMENT}/progress"):
+        shown = (await deployed("GET", path)).json()
+        assert (shown["status"], shown["update"]) == (status, "rolling")
+    entity = await deployed.store.get("deployments", "default", "dd")
+    await deployed.store.set_status(entity, replace(entity.status, run=Run(version=1, config_version=2)))
+    assert (await deployed("GET", f"{DEPLOYMENT}/progress")).json()["update"] is None

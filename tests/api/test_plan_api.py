@@ -89,7 +89,7 @@ async def test_without_a_model_there_is_no_sum_and_no_refusal(world: World, tmp_
     body = wish(None, image_name="nvcr.io/nim/meta/llama-3.2-1b-instruct", image_tag="1.8.6")
     body["config"] |= {"engine": "nim", "model_spec": {"model_name": "meta/llama-3.2-1b-instruct"}}
     found = await planned(world, body)
-    assert (found["verdict"], found["memory"], found["unknown"]) == ("starts", None, None)
+    assert (found["verdict"], found["memory"], found["unknown"]) == ("unknown", None, None)
 
 
 async def test_a_model_that_cannot_be_read_says_why_nothing_is_known(world: World) -> None:
@@ -120,7 +120,7 @@ async def test_a_dry_run_of_a_deployment_shows_its_plan_and_makes_nothing(world:
     tried = await world.http.post(f"{MODELS}/deployments?dry_run=true", json={"name": "two", "config": "one"})
     assert tried.status_code == 200, tried.text
     plan = tried.json()["plan"]
-    assert (plan["verdict"], len(plan["gpus"]["chosen"])) == ("starts", 1)
+    assert (plan["verdict"], len(plan["gpus"]["chosen"])) == ("unknown", 1)  # of an engine whose model nobody has read
     assert (await world.http.get(f"{MODELS}/deployments/two")).status_code == 404
 
 

@@ -660,3 +660,21 @@ async def test_deleting_a_fileset_removes_its_files_and_a_new_one_of_that_name_i
     (base / "left-over").touch()
     await world.make(FILESETS, name="ff")
     assert (await world("GET", f"{FILESETS}/ff/files")).json() == {"data": []}
+
+
+async def test_a_provider_that_many_put_at_once_is_there_and_nobody_is_refused(world: World) -> None:
+    path = f"{MODELS}/providers/pp"
+    replies = await asyncio.gather(*(world("PUT", path, {"host_url": f"http://h{n}"}) for n in range(8)))
+    assert [reply.status_code for reply in replies] == [200] * 8
+    assert len({reply.json()["id"] for reply in replies}) == 1
+
+
+@pytest.mark.parametrize("project", ["a b", "a\n", "ü", "", "#1"])
+@pytest.mark.parametrize(("verb", "path"), [("POST", "models"), ("PATCH", "models/m1"), ("PUT", "providers/p1")])
+async def test_a_project_is_a_path_of_plain_letters(world: World, verb: str, path: str, project: str) -> None:
+    await world.make(f"{MODELS}/models", name="m1", project="team/a.b-c_1")
+    body = {"project": project} | {"POST": {"name": "m2"}, "PUT": {"host_url": "http://h"}}.get(verb, {})
+    reply = await world(verb, f"{MODELS}/{path}", body)
+    assert reply.status_code == 422
+    assert reply.json()["detail"][0]["loc"] == ["body", "project"]
+    assert (await world("GET", f"{MODELS}/models/m1")).json()["project"] == "team/a.b-c_1"
