@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,13 +15,13 @@ import click
 from nimhost.cli.answers import Answer, Piece
 from nimhost.cli.options import (
     address_options,
-    complete_deployment,
+    complete_names,
     flag_given,
     format_option,
     open_client,
     output_format,
 )
-from nimhost.errors import InvalidRequest, NotFound
+from nimhost.errors import BadRequest, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from nimhost.cli.chat_target import ChatTarget
@@ -29,7 +31,7 @@ Messages = list[dict[str, Any]]
 
 
 @click.command()
-@click.argument("model", required=False, shell_complete=complete_deployment)
+@click.argument("model", required=False, shell_complete=complete_names("deployments", "models"))
 @click.argument("prompt", required=False)
 @click.option("--provider", metavar="NAME", help="Ask this provider; MODEL is then what it calls the model.")
 @click.option("-s", "--system-message", metavar="TEXT", help="What the model is told before anything else.")
@@ -49,25 +51,26 @@ def chat(
     thinking: bool,
     interactive: bool,
 ) -> None:
-    """Talk to a model: one answer to PROMPT (or to standard input), or a conversation on a terminal.
+    """Talk to a model: one answer to PROMPT, or a conversation on a terminal.
 
-    MODEL is a deployment, a model entity, or workspace/name; it may be left out when only one is ready.
+    MODEL is a deployment, a model entity, or workspace/name; it may be left out when only one is ready. A single
+    argument with a blank in it is a PROMPT. Without PROMPT, and where standard input is no terminal, what comes there
+    is the prompt; beside a PROMPT it is not read: give what goes with it as --system-message.
 
     \b
     Examples:
       nimhost chat qwen-qwen3-1-7b "Why is the sky blue?"
+      nimhost chat "Why is the sky blue?"           (asks the only model that is ready)
+      nimhost chat                                  (a conversation with it)
       git diff | nimhost chat qwen-qwen3-1-7b -s "Write a commit message."
-      nimhost chat                                  (a conversation with the only model that is ready)
       nimhost chat gpt-4 "Hello!" --provider openai
     """
-    if model and "/" in model and provider is None and flag_given("workspace"):
-        raise click.UsageError(f"'{model}' names its workspace already: leave out --workspace.")
-    if provider and "/" in provider:
-        raise click.UsageError("--provider takes a name; say its workspace with --workspace.")
+    if model is not None and prompt is None and any(map(str.isspace, model)):
+        model, prompt = None, model
+    check_names(model, provider)
+    given = prompt is not None
     if prompt is None and not sys.stdin.isatty() and not interactive:
-        prompt = sys.stdin.read().strip()
-        if not prompt:
-            raise click.UsageError("There is nothing to ask: give a PROMPT, or something on standard input.")
+        prompt = read_prompt()
     opening: Messages = [{"role": "system", "content": system_message}] if system_message else []
     options = {"temperature": temperature, "max_tokens": max_tokens}
     with open_client() as client:
@@ -79,6 +82,36 @@ def chat(
             converse(talk, opening, prompt, thinking)
         else:
             one_shot(talk, [*opening, {"role": "user", "content": prompt}], thinking)
+    if given and not interactive and input_waits():
+        click.echo("Note: standard input was not read, because a PROMPT was given (see nimhost chat --help).", err=True)
+
+
+def check_names(model: str | None, provider: str | None) -> None:
+    """Raises UsageError for a workspace that is said twice, or in the wrong place."""
+    if model and "/" in model and provider is None and flag_given("workspace"):
+        raise click.UsageError(f"'{model}' names its workspace already: leave out --workspace.")
+    if provider and "/" in provider:
+        raise click.UsageError("--provider takes a name; say its workspace with --workspace.")
+
+
+def read_prompt() -> str:
+    """What comes on standard input. Raises UsageError when that is nothing."""
+    prompt = sys.stdin.read().strip()
+    if not prompt:
+        raise click.UsageError("There is nothing to ask: give a PROMPT, or something on standard input.")
+    return prompt
+
+
+def input_waits() -> bool:
+    """Somebody has written into the pipe that is our standard input. A pipe in which nothing is may never end."""
+    import fcntl
+    import termios
+
+    try:
+        waiting = fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4))
+        return stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode) and any(waiting)
+    except (OSError, ValueError):  # no standard input, or one that is no file
+        return False
 
 
 class Talk(NamedTuple):
@@ -88,12 +121,25 @@ class Talk(NamedTuple):
     target: ChatTarget
     options: dict[str, Any]
 
-    def ask(self, messages: Messages) -> Any:
-        """The chunks of the answer. Close it to stop the model."""
+    def _ask(self, messages: Messages, **more: Any) -> Any:
         target = self.target
         return self.client.chat(
-            target.model, messages, provider=target.provider, workspace=target.workspace, **self.options
+            target.model, messages, provider=target.provider, workspace=target.workspace, **self.options, **more
         )
+
+    def ask(self, messages: Messages) -> Generator[Any, None, None]:
+        """The chunks of the answer; the last one has the usage, for `nimhost requests` too. An engine that does not
+        take the question for it goes without. Close it to stop the model."""
+        begun = False
+        try:
+            for chunk in self._ask(messages, stream_options={"include_usage": True}):
+                begun = True
+                yield chunk
+            return
+        except (BadRequest, InvalidRequest):
+            if begun:
+                raise
+        yield from self._ask(messages)
 
 
 def find_target(client: Client, model: str | None, provider: str | None) -> ChatTarget:

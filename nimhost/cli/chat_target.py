@@ -27,8 +27,9 @@ def choose(
     3 the name of a deployment → the model it serves
     4 a model entity that a provider serves → that entity
     5 what a provider itself calls a model → that provider
-    6 what was deployed under the slug of that name → the model it serves
-    7 anything else: an entity that the gateway may know
+    6 an adapter of the workspace by its own name, also behind that of its model (`base--math`) → that adapter
+    7 what was deployed under the slug of that name → the model it serves
+    8 anything else: an entity that the gateway may know
 
     Raises NotReady for a deployment that is not, BadRequest when there is no telling which is meant.
     """
@@ -46,9 +47,12 @@ def choose(
     for owner, model in served:  # 5
         if model["served_model_name"] == text:
             return ChatTarget(text, owner["name"], owner["workspace"])
-    if "/" in text and slug(text) in by_name:  # 6
+    adapter = f"{workspace}--{own.rpartition('--')[2]}"
+    if any(s["served_model_name"] == adapter for _, s in served):  # 6
+        return ChatTarget(adapter, None, workspace)
+    if "/" in text and slug(text) in by_name:  # 7
         return _served_by(by_name[slug(text)], providers)
-    return ChatTarget(text, None, workspace)  # 7
+    return ChatTarget(text, None, workspace)  # 8
 
 
 def _served_by(deployment: Any, providers: Sequence[Any]) -> ChatTarget:

@@ -9,10 +9,13 @@ import click
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script that teaches a shell to complete commands, options and names of deployments.
+    """Print the script that teaches a shell to complete commands, options, and names of what there is.
+
+    It works in the next shell that is opened: in bash (4.4 or newer) where the package bash-completion is installed,
+    in zsh where ~/.zshrc has "fpath+=~/.zfunc" before "autoload -Uz compinit && compinit".
 
     \b
-    Examples:
+    Examples (the directory has to be there):
       nimhost completion bash > ~/.local/share/bash-completion/completions/nimhost
       nimhost completion zsh  > ~/.zfunc/_nimhost
       nimhost completion fish > ~/.config/fish/completions/nimhost.fish

@@ -19,6 +19,11 @@ def config() -> None:
 
     Settings are stored in client.toml. Environment variables win over them (NIMHOST_BASE_URL, NIMHOST_WORKSPACE,
     NIMHOST_ACCESS_TOKEN, NIMHOST_OUTPUT_FORMAT), and flags over both.
+
+    \b
+    Examples:
+      nimhost config set --base-url http://gpu-box:8080
+      nimhost config view
     """
 
 
@@ -76,5 +81,10 @@ def mask(token: str | None) -> str | None:
 
 @click.command()
 def version() -> None:
-    """Print the version."""
+    """Print the version.
+
+    \b
+    Example:
+      nimhost version
+    """
     click.echo(f"nimhost {__version__}")

@@ -11,6 +11,8 @@ from nimhost.errors import BadRequest
 
 Engine = Literal["nim", "vllm", "generic"]
 MADE_BY = "Made by: nimhost deploy"
+CONFIG_PARTS = ("model_spec", "executor_config")
+_IMAGE_KEY = "What opens NVIDIA's registry is the secret system/ngc-api-key."
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -26,6 +28,8 @@ class Options(Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     health_path: str | None = None
     token_secret: str | None = None
+    lora: bool | None = None
+    """Whether it takes adapters; None: as it does already."""
     force: bool = False
 
 
@@ -36,14 +40,22 @@ class Wanted(Struct, frozen=True):
     fields: dict[str, Any]
     comment: str | None = None
 
-    def body(self) -> dict[str, Any]:
-        """The fields to send."""
+    def body(self, found: Any = None) -> dict[str, Any]:
+        """The fields to send. What `found`, which is there, says of a config beyond these fields stays as it is."""
         said: dict[str, Any] = _without_none(self.fields)
+        if found is not None and self.resource == "deployment_configs":
+            said |= {part: _kept(found.get(part), self.fields[part]) | said[part] for part in CONFIG_PARTS}
         return said if self.comment is None else {**said, "description": self.comment[:255]}
 
 
 def entities_for(target: Target, options: Options) -> list[Wanted]:
     """In the order in which they can be created. Raises BadRequest for options that do not go together."""
+    if options.token_secret and not isinstance(target, HubModel):
+        what, more = ("a directory", "") if isinstance(target, Directory) else ("an image", f" {_IMAGE_KEY}")
+        raise BadRequest(
+            f"--hf-token-secret opens a repository of the model hub, and {_shown(target)} is {what}.",
+            f"Leave it out.{more}",
+        )
     ref = f"{options.workspace}/{options.name}"
     comment = f"{MADE_BY} {_shown(target)}"
     weights = [] if isinstance(target, Image) else [
@@ -80,13 +92,15 @@ def _config(target: Target, options: Options) -> dict[str, Any]:
         if options.image:
             raise BadRequest("The image is given twice: as MODEL and with --image.", "Leave one of them out.")
         image, tag = target.name, target.tag
-        model: dict[str, str | None] = {
+        model: dict[str, str | bool | None] = {
             "model_namespace": None,
             "model_name": target.label if engine == "nim" else None,
         }
     else:
         image, tag = split_image(options.image) if options.image else (None, None)
         model = {"model_namespace": options.workspace, "model_name": options.name}
+    if options.lora is not None:
+        model = {**model, "lora_enabled": options.lora}
     if engine == "generic" and not (image and options.health_path):
         missing = "--health-path PATH" if image else "--image NAME:TAG"
         raise BadRequest("A generic engine is an image and the path that says it is ready.", f"Add: {missing}")
@@ -115,6 +129,11 @@ def differences(wanted: dict[str, Any], found: Any, path: str = "") -> list[str]
         elif (want or None) != (have or None) and not _same_ref(name, want, have):
             lines.append(f"{where}: {_word(have)} there, {_word(want)} wanted")
     return lines
+
+
+def _kept(found: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """What no option says anything about."""
+    return {key: value for key, value in (found or {}).items() if key not in fields and value is not None}
 
 
 def _same_ref(name: str, want: object, have: object) -> bool:

@@ -10,7 +10,7 @@ from nimhost.cli.options import address_options, format_option, open_client, out
 from nimhost.cli.output import FORMATS, print_table, print_value
 
 GIB = 1024**3
-HEADERS = ("GPU", "NAME", "MEMORY", "USED", "FREE", "USED BY")
+HEADERS = ("GPU", "NAME", "MEMORY", "USED", "FREE", "RESERVED", "USED BY")
 
 
 @click.command()
@@ -40,19 +40,28 @@ def gpus() -> None:
 def rows_of(gpu: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row for the GPU with its first user, one for each further user."""
     users = users_of(gpu)
-    sizes = (gib(gpu["memory_bytes"]), gib(gpu["used_bytes"]), gib(gpu["free_bytes"]))
+    sizes = (gib(gpu["memory_bytes"]), gib(gpu["used_bytes"]), gib(gpu["free_bytes"]), _reserved(gpu))
     first = (str(gpu["index"]), gpu["name"], *sizes, users[0] if users else "-")
-    return [first, *(("", "", "", "", "", user) for user in users[1:])]
+    return [first, *(("", "", "", "", "", "", user) for user in users[1:])]
+
+
+def _reserved(gpu: dict[str, Any]) -> str:
+    """What deployments have been given of it, whether they use it by now or not."""
+    if gpu["holder"]:
+        return "all"
+    shared = sum(share["memory_bytes"] for share in gpu["shares"])
+    return gib(shared) if shared else "-"
 
 
 def users_of(gpu: dict[str, Any]) -> list[str]:
     """Deployments first, with their processes' memory; then everybody else by pid, name and user."""
     if gpu["problem"]:
         return [gpu["problem"]]
+    left_out = [] if gpu.get("usable", True) else ["left out by [gpus] devices"]
     lines = [f"{share['holder']} (share of {gib(share['memory_bytes'])})" for share in gpu["shares"]]
     if gpu["holder"]:
         lines.insert(0, gpu["holder"])
-    return lines + [_process(p) for p in gpu["processes"]]
+    return left_out + lines + [_process(p) for p in gpu["processes"]]
 
 
 def _process(p: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -12,8 +12,10 @@ from nimhost.cli.options import address_options, complete_deployment, open_clien
 from nimhost.errors import Conflict, NimhostError, NotFound
 
 if TYPE_CHECKING:
+    from nimhost.cli.progress import Outcome
     from nimhost.client import Client
 
+T = TypeVar("T")
 names_argument = click.argument("names", nargs=-1, required=True, shell_complete=complete_deployment)
 
 
@@ -28,7 +30,7 @@ def stop(names: tuple[str, ...]) -> None:
       nimhost stop qwen-qwen3-1-7b
     """
     with open_client() as client:
-        _each(names, lambda name: _stop(client, name))
+        _check_all(names, _each(names, lambda name: _stop(client, name)))
 
 
 def _stop(client: Client, name: str) -> None:
@@ -47,13 +49,29 @@ def start(names: tuple[str, ...], no_wait: bool) -> None:
     Example:
       nimhost start qwen-qwen3-1-7b
     """
-    from nimhost.cli.deploy import revive
     from nimhost.cli.progress import follow
 
     with open_client() as client:
-        _each(names, lambda name: revive(client, name, client.deployments.get(name)))
-        if not no_wait:
-            _each(names, lambda name: follow(client, name))
+        outcomes = _each(names, lambda name: _start(client, name, no_wait))
+        followed = outcomes if no_wait else _each(outcomes, lambda name: follow(client, name, outcomes[name]))
+    _check_all(names, followed)
+
+
+def _start(client: Client, name: str, no_wait: bool) -> Outcome:
+    """Says what became of it where nobody waits to see."""
+    from nimhost.cli.deploy import revive
+
+    outcome: Outcome
+    before = client.deployments.get(name)
+    if revive(client, name, before):
+        outcome, said = "started", "Starting {}. Follow it with: nimhost wait {}"
+    elif before["status"] == "READY":
+        outcome, said = "", "{} is running already."
+    else:
+        outcome, said = "started", "{} is starting already. Follow it with: nimhost wait {}"
+    if no_wait:
+        click.echo(said.format(name, name))
+    return outcome
 
 
 @click.command()
@@ -70,7 +88,7 @@ def rm(names: tuple[str, ...], keep_config: bool, no_wait: bool) -> None:
       nimhost rm first second --keep-config
     """
     with open_client() as client:
-        _each(names, lambda name: _remove(client, name, keep_config, no_wait))
+        _check_all(names, _each(names, lambda name: _remove(client, name, keep_config, no_wait)))
 
 
 def _remove(client: Client, name: str, keep_config: bool, no_wait: bool) -> None:
@@ -83,11 +101,20 @@ def _remove(client: Client, name: str, keep_config: bool, no_wait: bool) -> None
         click.echo(f"Removing {name}. Follow it with: nimhost wait {name} --status DELETED")
         return
     if missing is None:
-        client.deployments.wait(name, "DELETED")
+        _await_removal(client, name, keep_config)
     leftovers = [] if keep_config else remove_leftovers(client, name)
     if missing is not None and not leftovers:
         raise missing
     click.echo(f"Removed {name}" + (f" and its {', '.join(leftovers)}." if leftovers else "."))
+
+
+def _await_removal(client: Client, name: str, keep_config: bool) -> None:
+    try:
+        client.deployments.wait(name, "DELETED")
+    except KeyboardInterrupt:
+        rest = "" if keep_config else f" Its config, model and fileset stay; to remove them too: nimhost rm {name}"
+        click.echo(f"\n{name} goes on being removed.{rest}", err=True)
+        raise click.exceptions.Exit(130) from None
 
 
 def remove_leftovers(client: Client, name: str) -> list[str]:
@@ -103,14 +130,18 @@ def remove_leftovers(client: Client, name: str) -> list[str]:
     return removed
 
 
-def _each(names: tuple[str, ...], act: Callable[[str], object]) -> None:
-    """`act` on each name; one that fails does not keep the others from their turn. Exit code 1 if any did."""
-    failed = False
+def _each(names: Iterable[str], act: Callable[[str], T]) -> dict[str, T]:
+    """What `act` made of each name; one that fails is shown, and does not keep the others from their turn."""
+    done = {}
     for name in names:
         try:
-            act(name)
+            done[name] = act(name)
         except NimhostError as error:
-            failed = True
             show_error(error)
-    if failed:
+    return done
+
+
+def _check_all(names: Sequence[str], done: Mapping[str, object]) -> None:
+    """Exit code 1 if one of them failed."""
+    if set(names) - set(done):
         click.get_current_context().exit(1)

@@ -37,11 +37,13 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "start": Entry("nimhost.cli.lifecycle:start", "Start stopped deployments, or try failed ones again."),
         "rm": Entry("nimhost.cli.lifecycle:rm", "Remove deployments."),
         "gpus": Entry("nimhost.cli.gpus:gpus", "Show the GPUs, and who uses them."),
+        "requests": Entry("nimhost.cli.requests:requests", "Show the last requests to models."),
     },
     "What there is": {
         "models": Entry("nimhost.cli.resources:group", "Models, and their adapters."),
         "adapters": Entry("nimhost.cli.resources:group", "LoRA adapters."),
         "files": Entry("nimhost.cli.resources:group", "Filesets, and the files in them."),
+        "weights": Entry("nimhost.cli.weights:weights", "Weights on this machine: fetch, verify, make room."),
         "secrets": Entry("nimhost.cli.resources:group", "Keys and tokens."),
         "inference": Entry("nimhost.cli.resources:group", "Deployments, configs, providers, and requests to them."),
         "workspaces": Entry("nimhost.cli.resources:group", "Workspaces."),
@@ -101,7 +103,10 @@ class Root(click.Group):
 @click.group(
     cls=Root,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Begin with:  nimhost serve  and, in another terminal:  nimhost deploy Qwen/Qwen3-1.7B",
+    epilog="""\b
+Begin with:  nimhost serve  and, in another terminal:  nimhost deploy Qwen/Qwen3-1.7B
+Tab completion:  nimhost completion --help
+Exit codes:  0 done, 1 failed or refused, 2 wrong usage or settings, 130 interrupted""",
 )
 @click.version_option(__version__, "-V", "--version", message="nimhost %(version)s")
 @format_option("table", "json", "yaml", "raw")

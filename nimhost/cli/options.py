@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from nimhost.cli.output import FORMATS
 from nimhost.client import settings as client_settings
-from nimhost.errors import NimhostError
+from nimhost.errors import ConfigError, NimhostError, NotFound
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 KEY = "nimhost.flags"
+TEXT = "text"
+"""The one format that only `chat` has."""
+COMPLETION_TIMEOUT_S = 0.5
 
 
 def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -31,12 +35,14 @@ def address_options(command: F) -> F:
         "--base-url", metavar="URL", expose_value=False, callback=_remember, help="Where nimhost listens."
     )
     workspace = click.option(
-        "-w", "--workspace", metavar="NAME", expose_value=False, callback=_remember, help="Workspace to work in."
-    )
+        "-w", "--workspace", metavar="NAME", expose_value=False, callback=_remember, help="Workspace to work in.",
+        shell_complete=complete_names("workspaces"),
+    )  # fmt: skip
     return base_url(workspace(command))
 
 
-def format_option(*formats: str) -> Callable[[F], F]:
+def format_option(*formats: str, in_pipe: str = "") -> Callable[[F], F]:
+    """`formats`: the first of them by default, or `in_pipe` where nobody looks on."""
     return click.option(
         "-f",
         "--output-format",
@@ -45,13 +51,19 @@ def format_option(*formats: str) -> Callable[[F], F]:
         type=click.Choice(formats),
         expose_value=False,
         callback=_remember,
-        help=f"How to print the result; without it: {formats[0]}.",
+        help=f"How to print the result; without it: {formats[0]}{f', in a pipe {in_pipe}' if in_pipe else ''}.",
     )
 
 
 def settings() -> client_settings.ClientSettings:
-    """The client's settings in force for the running command."""
-    return client_settings.load(click.get_current_context().meta.get(KEY, {}))
+    """The client's settings in force for the running command. Raises ConfigError, also for a format there is not."""
+    chosen = client_settings.load(click.get_current_context().meta.get(KEY, {}))
+    if chosen.output_format not in (None, TEXT, *FORMATS):
+        raise ConfigError(
+            f"'{chosen.output_format}' is not an output format: there are {', '.join(FORMATS)}.",
+            "It comes from NIMHOST_OUTPUT_FORMAT, or else from: nimhost config set --output-format",
+        )
+    return chosen
 
 
 def output_format(*formats: str) -> str:
@@ -71,19 +83,35 @@ def open_client(timeout_s: float = 60.0) -> Client:
     return Client(chosen.base_url, chosen.workspace, chosen.access_token, timeout_s=timeout_s)
 
 
-def complete_deployment(ctx: click.Context, param: click.Parameter, incomplete: str) -> Sequence[CompletionItem]:
-    """Names of deployments for the shell; none when the daemon does not answer at once."""
-    from click.shell_completion import CompletionItem
+def complete_names(*kinds: str) -> Callable[[click.Context, click.Parameter, str], Sequence[CompletionItem]]:
+    """Names of these kinds (keys of KINDS) for the shell; none when the daemon does not answer at once."""
 
-    try:
-        with ctx, open_client(timeout_s=0.5) as client:
-            found = client.deployments.list()
-    except NimhostError:
-        return []
-    return [CompletionItem(d["name"], help=d["status"]) for d in found if d["name"].startswith(incomplete)]
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> Sequence[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found: dict[str, str | None] = {}
+        try:
+            with ctx, open_client(timeout_s=COMPLETION_TIMEOUT_S) as client:
+                for key in kinds:
+                    resource = getattr(client, key.replace("-", "_"))
+                    for row in resource.page(page_size=str(resource.kind.page_size_max))["data"]:
+                        found.setdefault(row["name"], row.get("status"))
+        except NimhostError:
+            return []
+        return [CompletionItem(name, help=status) for name, status in found.items() if name.startswith(incomplete)]
+
+    return complete
+
+
+complete_deployment = complete_names("deployments")
 
 
 def show_error(error: NimhostError) -> None:
+    hint = error.hint
+    if hint is None and isinstance(error, NotFound):
+        from nimhost.cli.missing import next_step
+
+        hint = next_step(error.message)
     click.echo(f"{click.style('Error:', fg='red')} {error.message}", err=True)
-    if error.hint:
-        click.echo(f"{click.style('Hint:', fg='cyan')} {error.hint}", err=True)
+    if hint:
+        click.echo(f"{click.style('Hint:', fg='cyan')} {hint}", err=True)

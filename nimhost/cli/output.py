@@ -13,7 +13,10 @@ from typing import Any
 import click
 
 FORMATS = ("table", "json", "yaml", "raw")
-COLOURS = {"READY": "green", "ERROR": "red", "LOST": "red", "UNKNOWN": "magenta", "STOPPED": "bright_black"}
+COLOURS = {
+    "READY": "green", "ERROR": "red", "LOST": "red", "UNKNOWN": "magenta", "STOPPED": "bright_black",
+    **dict.fromkeys(("PENDING", "CREATED", "DELETING", "NO KEY"), "yellow"),
+}  # fmt: skip
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _UNPRINTED = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff]")
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
@@ -49,7 +52,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _coloured(cell: str) -> str:
-    colour = COLOURS.get(cell.strip()) or ("yellow" if cell.strip() in ("PENDING", "CREATED", "DELETING") else None)
+    colour = COLOURS.get(cell.strip())
     return click.style(cell, fg=colour) if colour else cell
 
 

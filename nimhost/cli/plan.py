@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
 
 from nimhost.cli.entities import entities_for
 from nimhost.cli.gpus import gib
-from nimhost.cli.model_options import model_options, options_of
+from nimhost.cli.model_options import complete_model, in_flags, model_options, options_of, speaking_of_flags
 from nimhost.cli.options import address_options, format_option, open_client, output_format
 from nimhost.cli.output import FORMATS, print_value
-from nimhost.cli.target import parse_target
+from nimhost.cli.target import read_target
 
 PARTS = (
     ("weights", "weights_bytes"),
@@ -25,7 +24,7 @@ PARTS = (
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @model_options
 @format_option(*FORMATS)
 @address_options
@@ -41,8 +40,8 @@ def plan(model: str, **asked: Any) -> None:
     """
     from nimhost.client.wire import Request
 
-    target = parse_target(model, os.path.isdir(os.path.expanduser(model)))
-    with open_client() as client:
+    target = read_target(model)
+    with speaking_of_flags(), open_client() as client:
         options = options_of(target, client.workspace, asked)
         bodies = {want.resource: want.body() for want in entities_for(target, options)}
         config = bodies["deployment_configs"]
@@ -65,6 +64,7 @@ def lines_of(model: str, found: dict[str, Any]) -> list[str]:
         "",
         *_memory(found),
         *_gpus(found),
+        *(f"Note: {in_flags(warning)}" for warning in found["warnings"]),
         *(line for place in found["disk"] if (line := _disk(place))),
         *(f"{_mark(check['ok'])}{check['what']}" for check in found["checks"]),
         "",
@@ -80,7 +80,8 @@ def _memory(found: dict[str, Any]) -> list[str]:
     split = m["tensor_parallel"] * m["pipeline_parallel"]
     rows = [(name, m[key]) for name, key in PARTS if m[key]]
     per_token = m["kv_cache_bytes_per_token"] / 1024
-    context = f"   {m['max_model_len']} tokens, {per_token:.0f} KiB each" if per_token else ""
+    digits = 0 if per_token >= 10 or per_token == int(per_token) else 1
+    context = f"   {m['max_model_len']} tokens, {per_token:.{digits}f} KiB each" if per_token else ""
     return [
         f"Memory of {'each GPU' if split > 1 else 'the GPU'}{'' if m['exact'] else ' (estimated from config.json)'}",
         *(f"  {name:<12}{gib(size):>10}{context if name == 'KV cache' else ''}" for name, size in rows),
@@ -95,6 +96,8 @@ def _gpus(found: dict[str, Any]) -> list[str]:
     gpus, m = found["gpus"], found["memory"]
     if not gpus["wanted"]:
         return ["GPUs: none asked for"]
+    if found["verdict"] == "refused" and not gpus["chosen"]:
+        return []  # why is said below, and it need not be for want of a GPU
     index = {gpu["uuid"]: gpu for gpu in gpus["there"]}
     chosen = [f"{index[uuid]['index']} ({index[uuid]['name']})" for uuid in gpus["chosen"]]
     split = f", tensor parallel {m['tensor_parallel']}" if m and m["tensor_parallel"] > 1 else ""
@@ -117,7 +120,15 @@ def _mark(ok: bool | None) -> str:
 
 def _verdict(found: dict[str, Any]) -> list[str]:
     if found["verdict"] == "starts":
+        if found["memory"] and not found["memory"]["fits"]:
+            return [click.style("By this sum it does not fit; it would be started because of --force.", fg="yellow")]
         return [click.style("It fits and would start.", fg="green")] if found["memory"] else ["It would start."]
     colour = {"refused": "red", "waits": "yellow", "unknown": "magenta"}[found["verdict"]]
     word = {"refused": "Refused: ", "waits": "It would wait: ", "unknown": "Not known: "}[found["verdict"]]
-    return [click.style(word, fg=colour) + (found["reason"] or ""), *([found["hint"]] if found["hint"] else [])]
+    reason = in_flags(found["reason"] or "")
+    if found["verdict"] == "waits" and reason.startswith("Waiting "):
+        word, reason = "It would wait ", reason.removeprefix("Waiting ")
+    return [
+        click.style(word, fg=colour) + reason,
+        *filter(None, [in_flags(found["hint"] or "")]),
+    ]

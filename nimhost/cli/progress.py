@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from nimhost.cli.model_options import in_flags
 from nimhost.cli.options import output_format, settings
 from nimhost.cli.output import FORMATS, print_value
 from nimhost.cli.stages import Stage, View, clock, describe, fold, fraction, plain_lines
 from nimhost.client.resources import POLL_S, gateway_path
-from nimhost.errors import NotFound, NotReady, UpstreamError, UpstreamTimeout
+from nimhost.errors import NimhostError, NotFound, NotReady, UpstreamError, UpstreamTimeout
 
 if TYPE_CHECKING:
     from nimhost.client import Client
@@ -27,29 +28,25 @@ QUIET_S = 10.0
 PATIENCE_S = 60.0
 """How long a daemon may be away before the watching ends. The deployment does not need us."""
 BAR_WIDTH = 24
-RUNNING = "Container is running and ready"
-STALE = "Serving the previous version"
-"""How the message begins when an update has succeeded, and when it cannot."""
 Outcome = Literal["created", "updated", "started", ""]
 
 
 def follow(client: Client, name: str, outcome: Outcome = "started", timeout_s: float = math.inf) -> None:
-    """Returns when it is READY. Raises NotReady with the cause, UpstreamTimeout, or Exit(130) on Ctrl-C.
-
-    `outcome`: what was done to it before; an updated one must have replaced its engine.
+    """Returns when the version that is wished is READY. Raises NotReady with the cause, UpstreamTimeout, or Exit(130)
+    on Ctrl-C. `outcome`: what was done to it before.
     """
     began = time.monotonic()
     report = sys.stdout if output_format(*FORMATS) == "table" else sys.stderr
     try:
         with live(report) if report.isatty() else plain(report) as show:
-            view = _watch(client, name, began + timeout_s, show, outcome)
+            view = _watch(client, name, began + timeout_s, show)
     except KeyboardInterrupt:
         click.echo(f"\n{name} goes on without this command.\n{_what_next(name)}", err=True)
         raise click.exceptions.Exit(130) from None
     except UpstreamTimeout as error:
         raise UpstreamTimeout(f"{name} is not ready after {timeout_s:g} s.", _what_next(name)) from error
-    if view.status != "READY" or view.status_message.startswith(STALE):
-        raise _failure(name, view)
+    if view.status != "READY" or view.update:
+        raise _failure(client, name, view)
     took = f"after {clock(time.monotonic() - began)}" if outcome else "already"
     ready = click.style(f"{name} is READY", fg="green")
     show_result(client, name, lambda: f"{ready} {took}.\n{how_to_use(client, name)}")
@@ -64,21 +61,21 @@ def show_result(client: Client, name: str, text: Callable[[], str]) -> None:
         print_value(client.deployments.get(name), wanted)
 
 
-def _watch(client: Client, name: str, deadline: float, show: Callable[[View], None], outcome: Outcome) -> View:
+def _watch(client: Client, name: str, deadline: float, show: Callable[[View], None]) -> View:
     view = View()
     for snapshot in snapshots(client, name, deadline):
         view = fold(view, snapshot, time.monotonic())
         show(view)
-        if _is_over(view, outcome):
+        if _is_over(view):
             break
     return view
 
 
-def _is_over(view: View, outcome: Outcome) -> bool:
-    """While an update is prepared, the previous version goes on serving: that READY is not the one to wait for."""
-    if view.status == "READY" and outcome == "updated":
-        return view.status_message.startswith((RUNNING, STALE))
-    return view.status in ("READY", "ERROR", "LOST", "DELETING", "DELETED") or view.desired == "stopped"
+def _is_over(view: View) -> bool:
+    """While an update rolls, what the status says is about the version before: not the one to wait for."""
+    if view.status in ("DELETING", "DELETED") or view.desired == "stopped":
+        return True
+    return view.update != "rolling" and view.status in ("READY", "ERROR", "LOST")
 
 
 def snapshots(client: Client, name: str, deadline: float) -> Iterator[Any]:
@@ -96,6 +93,8 @@ def snapshots(client: Client, name: str, deadline: float) -> Iterator[Any]:
                     for snapshot in stream:
                         heard_at = time.monotonic()
                         yield snapshot
+                        if heard_at >= deadline:
+                            break
             else:
                 yield client.deployments.get(name)
                 heard_at = time.monotonic()
@@ -112,13 +111,42 @@ def snapshots(client: Client, name: str, deadline: float) -> Iterator[Any]:
     raise UpstreamTimeout("the deadline passed")
 
 
-def _failure(name: str, view: View) -> NotReady:
+def failure(client: Client, name: str, deployment: Any) -> NotReady:
+    """Why a deployment is not READY and will not become it by waiting, or why its update failed."""
+    return _failure(client, name, fold(View(), deployment, 0.0))
+
+
+def _failure(client: Client, name: str, view: View) -> NotReady:
     if view.desired == "stopped":
         return NotReady(f"{name} was stopped.", f"Start it with: nimhost start {name}")
     if view.status in ("DELETING", "DELETED"):
         return NotReady(f"{name} was removed.")
-    hint = f"All of its logs: nimhost logs {name}   Try again: nimhost start {name}   Remove it: nimhost rm {name}"
-    return NotReady(f"{name} failed. {view.status_message}", hint)
+    if view.status == "READY":
+        return _failed_update(name, view.status_message)
+    logs = f"All of its logs: nimhost logs {name}   " if _has_logs(client, name) else ""
+    return NotReady(
+        f"{name} failed. {view.status_message}", f"{logs}Try again: nimhost start {name}   Remove it: nimhost rm {name}"
+    )
+
+
+def _failed_update(name: str, message: str) -> NotReady:
+    said, _, why = message.partition("\n")
+    logs = f"   All of its logs: nimhost logs {name}" if "nimhost logs" in said else ""
+    return NotReady(
+        f"The update of {name} failed, and the previous version serves. {why or said}",
+        f"Try it again: nimhost start {name} (without a GPU to spare, nothing serves meanwhile)   Give it up: "
+        f"nimhost deploy … --update, with the options of before{logs}",
+    )
+
+
+def _has_logs(client: Client, name: str) -> bool:
+    """No container, no logs: one whose image could not be fetched has never had any."""
+    try:
+        with closing(client.deployments.logs(name, tail=1)) as text:
+            next(iter(text), None)
+    except NimhostError:
+        return False
+    return True
 
 
 def _what_next(name: str) -> str:
@@ -155,7 +183,7 @@ def live(file: Any) -> Iterator[Callable[[View], None]]:
     def render() -> Group:
         now = time.monotonic()
         lines = [_line(Text, stage, now) for stage in view.stages]
-        if view.status not in ("READY", "ERROR"):
+        if view.status not in ("READY", "ERROR") or view.update:
             lines.append(Text(f"  {view.status_message}", style="dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)
 
@@ -187,23 +215,24 @@ def _line(make_text: Any, stage: Stage, now: float) -> Any:
 
 def how_to_use(client: Client, name: str) -> str:
     """Endpoint, model name and the two next commands, as far as the deployment serves models."""
-    workspace, provider = _provider(client, name)
+    deployment, provider = _provider(client, name)
+    workspace = deployment["workspace"]
+    warnings = "".join(f"  note      {in_flags(warning)}\n" for warning in deployment.get("warnings") or ())
     served = provider.get("served_models") or []
     gateway = f"{client.base_url}{gateway_path(workspace)}"
     token = ' -H "Authorization: Bearer $NIMHOST_ACCESS_TOKEN"' if settings().access_token else ""
     if not served:
-        return (
-            f"  endpoint  {gateway}/provider/{name}/-/\n\nTry it:\n  curl{token} {gateway}/provider/{name}/-/v1/models"
-        )
+        path = f"{gateway}/provider/{name}/-/"
+        return f"{warnings}  endpoint  {path}\n\nTry it:\n  curl{token} {path}v1/models"
     model = served[0]["model_entity_id"]
     endpoint = f"{client.base_url}/v1" if workspace == "default" else f"{gateway}/openai/-/v1"
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
     curl = f"curl{token} {endpoint}/chat/completions -H 'content-type: application/json' -d '{body}'"
-    return f'  model     {model}\n  endpoint  {endpoint}\n\nTry it:\n  nimhost chat {name} "Hello!"\n  {curl}'
+    return f'{warnings}  model     {model}\n  endpoint  {endpoint}\n\nTry it:\n  nimhost chat {name} "Hello!"\n  {curl}'
 
 
-def _provider(client: Client, name: str) -> tuple[str, Any]:
-    """The workspace and the provider of a READY deployment, whose models may be listed a moment after it is READY."""
+def _provider(client: Client, name: str) -> tuple[Any, Any]:
+    """A READY deployment and its provider, whose models may be listed a moment after it is READY."""
     deployment = client.deployments.get(name)
     ref = deployment.get("model_provider_id") or f"{deployment['workspace']}/{name}"
     provider: Any = {}
@@ -213,4 +242,4 @@ def _provider(client: Client, name: str) -> tuple[str, Any]:
         if provider.get("served_models"):
             break
         time.sleep(POLL_S)
-    return deployment["workspace"], provider
+    return deployment, provider

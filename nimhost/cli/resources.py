@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nimhost.cli.options import address_options, format_option, open_client
-from nimhost.cli.output import FORMATS
+from nimhost.cli.examples import add_examples
+from nimhost.cli.options import address_options, complete_names, format_option, open_client, output_format
+from nimhost.cli.output import FORMATS, print_value
 from nimhost.cli.resources_options import (
     SECRET_OPTIONS,
     body_of,
@@ -24,7 +25,7 @@ from nimhost.cli.resources_options import (
     take_secret,
     wish_fields,
 )
-from nimhost.cli.resources_output import DELETED, print_entity, print_list
+from nimhost.cli.resources_output import DELETED, print_entity, print_list, tell_adapter
 from nimhost.errors import AlreadyExists
 from nimhost.kinds import KINDS, Kind
 
@@ -42,11 +43,11 @@ ABOUT = {
     "workspaces": ("Names are unique within each of them.", "create team"),
     "projects": ("Labels to group things by.", "create demo"),
     "secrets": ("Keys and tokens, kept encrypted; only 'access' shows them.", "create openai-api-key --from-file -"),
-    "files": ("Filesets, and the files in them.", "upload ./my-lora/ my-lora"),
+    "files": ("Filesets, and the files in them.", "upload ./my-lora/"),
     "models": ("What deployments run and requests name.", "create qwen3 --fileset default/qwen3"),
     "adapters": (
         "LoRA adapters on top of a model.",
-        "create math --model default/qwen3 --fileset default/math-lora --finetuning-type lora",
+        "create math --model default/qwen3 --fileset default/math-lora",
     ),
     "inference": (
         "Deployments, their configs, providers, and requests to them.",
@@ -55,7 +56,7 @@ ABOUT = {
 }
 """What a group is for, and an example."""
 ONE = ("json", "yaml", "raw", "table")
-"""Formats of one entity; as a table it is JSON, because it has no rows."""
+"""Formats of one entity; as a table it has a row for each field."""
 SWITCHES = {
     "models": ("verbose", "With everything that is known about them."),
     "deployments": ("all_versions", "Every version, not only the newest."),
@@ -78,6 +79,7 @@ def group(word: str) -> click.Group:
                 parent.add_command(command)
     if word in MORE:
         importlib.import_module(MORE[word]).extend(root)
+    add_examples(root, word)
     return root
 
 
@@ -109,14 +111,28 @@ def make(
     params: Sequence[click.Parameter],
     formats: tuple[str, ...] = ONE,
     hidden: bool = False,
+    lists: bool = False,
 ) -> click.Command:
-    """A command with the options that all of them have; `formats`: those its output can have, the first by default."""
+    """A command with the options that all of them have; `formats`: those its output can have, the first by default.
+    `lists`: it is printed by `print_list`."""
     command = click.Command(name, callback=run, params=list(params), help=about, hidden=hidden)
-    return address_options(format_option(*formats)(command) if formats else command)
+    if formats:
+        command = format_option(*formats, in_pipe="json" if lists else "")(command)
+    return address_options(command)
+
+
+def one(kind: Kind) -> str:
+    word = kind.label.lower()
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def flag(name: str, about: str) -> click.Option:
     return click.Option([f"--{name.replace('_', '-')}", name], is_flag=True, help=about)
+
+
+def existing(kind: Kind) -> click.Argument:
+    """The name of one that there is; a shell can complete it."""
+    return click.Argument(["name"], shell_complete=complete_names(kind.key))
 
 
 def of(client: Client, kind: Kind) -> Any:
@@ -138,12 +154,14 @@ def create_command(kind: Kind) -> click.Command:
             resource = of(client, kind)
             made = create(resource.create, resource.get, body, exist_ok)
             print_entity(client.deployments.wait(made["name"], timeout_s=timeout) if wait else made)
+        if kind.key == "adapters":
+            tell_adapter(made)
 
     params = [*name_params(), *(SECRET_OPTIONS if kind.secret else []), *options_for(fields)]
     params.append(EXIST_OK)
     if kind.key == "deployments":
         params += WAIT_OPTIONS
-    return input_options(make("create", f"Create a {kind.label.lower()}.", run, params))
+    return input_options(make("create", f"Create {one(kind)}.", run, params))
 
 
 EXIST_OK = flag("exist_ok", "If there is one of that name, show that one.")
@@ -170,14 +188,14 @@ def get_command(kind: Kind) -> click.Command:
             print_entity(of(client, kind).get(name, **({"verbose": "true"} if verbose else {})))
 
     switches = [flag("verbose", "Everything that is known about it.")] if kind.key == "models" else []
-    return make("get", f"Show a {kind.label.lower()}.", run, [click.Argument(["name"]), *switches])
+    return make("get", f"Show {one(kind)}.", run, [existing(kind), *switches])
 
 
 def update_command(kind: Kind, name: str, hidden: bool = False) -> click.Command:
     about = {
         "PATCH": "Change the fields that are given.",
         "PUT": "Replace it: a field that is not given gets its default.",
-        "VERSION": "Make a new version, with the fields that are given.",
+        "VERSION": "Make a new version of it: a field that is not given gets its default.",
     }
 
     def run(name: str, **given: Any) -> None:
@@ -190,17 +208,50 @@ def update_command(kind: Kind, name: str, hidden: bool = False) -> click.Command
             print_entity(of(client, kind).update(name, **body))
 
     fields = options_for(wish_fields(kind, update=True))
-    params = [click.Argument(["name"]), *(SECRET_OPTIONS if kind.secret else []), *fields]
+    params = [existing(kind), *(SECRET_OPTIONS if kind.secret else []), *fields]
     return input_options(make(name, about[kind.update], run, params, hidden=hidden))
 
 
 def delete_command(kind: Kind) -> click.Command:
-    def run(name: str) -> None:
+    def run(name: str, dry_run: bool) -> None:
         with open_client() as client:
-            of(client, kind).delete(name)
-        click.echo(DELETED)
+            found = of(client, kind).delete(name, dry_run=dry_run)
+            left = adapters_of(client, name) if kind.key == "filesets" else []
+        if dry_run:
+            print_deletion(found)
+        else:
+            click.echo(DELETED)
+        if left:
+            lose = "would lose" if dry_run else "have lost"
+            click.echo(
+                f"Adapters that {lose} their files: {', '.join(left)}.\n"
+                "Give one others: nimhost adapters update NAME --fileset FILESET   "
+                "or remove it: nimhost adapters delete NAME",
+                err=True,
+            )
 
-    return make("delete", f"Delete a {kind.label.lower()}.", run, [click.Argument(["name"])], formats=())
+    params = [existing(kind), flag("dry_run", "Only show what would be deleted, all that goes along included.")]
+    return make("delete", f"Delete {one(kind)}.", run, params, FORMATS)
+
+
+def adapters_of(client: Client, fileset: str) -> list[str]:
+    """The adapters whose files are in a fileset, in whatever workspace they are."""
+    ref = client.adapters.ref(fileset)
+    return [
+        f"{row['workspace']}/{row['name']}"
+        for row in client.adapters.list(workspace="-")
+        if client.adapters.ref(row["fileset"], row["workspace"]) == ref
+    ]
+
+
+def print_deletion(found: Any) -> None:
+    """What would be deleted, one to a line."""
+    if (wanted := output_format(*FORMATS)) != "table":
+        print_value(found, wanted)
+        return
+    for one in found["would_delete"]:
+        ref = "/".join(part for part in (one["workspace"], one["name"]) if part)
+        click.echo(f"Would delete: {KINDS[one['kind']].label.lower()} {ref}")
 
 
 # --- lists ---------------------------------------------------------------------------------------------------------
@@ -237,7 +288,7 @@ def list_command(kind: Kind) -> click.Command:
                    for name in fields]  # fmt: skip
     if switch:
         params.append(flag(switch, switched))
-    return make("list", f"List {kind.label.lower()}s.", run, params, FORMATS)
+    return make("list", f"List {kind.label.lower()}s.", run, params, FORMATS, lists=True)
 
 
 def _filter_param(field: str) -> str:
@@ -289,7 +340,7 @@ def versions_group(kind: Kind) -> click.Group:
 
     number = click.Argument(["version"], type=click.IntRange(1))
     versions = click.Group("versions", help="Its versions, the newest first.")
-    versions.add_command(make("list", "List them.", show_all, [click.Argument(["name"])], FORMATS))
+    versions.add_command(make("list", "List them.", show_all, [existing(kind)], FORMATS, lists=True))
     versions.add_command(make("get", "Show one.", show, [number, owner]))
     versions.add_command(make("delete", "Delete one that is neither the newest nor used.", delete, [number, owner], ()))
     return versions

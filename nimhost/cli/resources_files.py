@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nimhost.cli.options import open_client
+from nimhost.cli.options import complete_names, open_client
 from nimhost.cli.output import FORMATS
 from nimhost.cli.resources import make
 from nimhost.cli.resources_output import DELETED, print_list
@@ -22,28 +22,30 @@ if TYPE_CHECKING:
 
 
 def extend(root: click.Group) -> None:
-    fileset = click.Argument(["fileset"])
+    fileset = click.Argument(["fileset"], shell_complete=complete_names("filesets"))
     place = click.Option(["--remote-path"], default="", metavar="PATH", help="In the fileset; without it: the root.")
     exact = click.Option(["--remote-path"], required=True, metavar="PATH", help="The file to delete.")
     local = click.Argument(["local_path"], type=click.Path(exists=True))
     output = click.Option(["-o", "--output"], required=True, metavar="DIRECTORY", help="Where to put them.")
-    optional = click.Argument(["fileset"], required=False)
+    optional = click.Argument(["fileset"], required=False, shell_complete=complete_names("filesets"))
     root.add_command(make("upload", UPLOAD, upload, [local, optional, place], ()))
     root.add_command(make("download", "Copy files of a fileset to a directory here.", download,
                           [fileset, place, output], ()))  # fmt: skip
-    root.add_command(make("list", "List the files of a fileset.", list_files, [fileset, place], FORMATS))
+    root.add_command(make("list", "List the files of a fileset.", list_files, [fileset, place], FORMATS,
+                          lists=True))  # fmt: skip
     root.add_command(make("delete", "Delete a file of a fileset.", delete, [fileset, exact], ()))
 
 
 UPLOAD = """Copy a file or a directory into a fileset.
 
 Of a directory its contents are copied if it is written with a slash at the end, else the directory itself. Without
-FILESET a new one is made, named after what is uploaded.
+FILESET a new one is made, named after what is uploaded; else it is one that there is (make one with: nimhost files
+filesets create NAME).
 
 \b
 Examples:
-  nimhost files upload my_parser.py my-tool-plugin
-  nimhost files upload ./my-lora/ my-lora
+  nimhost files upload ./my-lora/
+  nimhost files filesets create my-tool-plugin && nimhost files upload my_parser.py my-tool-plugin
 """
 
 
@@ -52,11 +54,11 @@ def upload(local_path: str, fileset: str | None, remote_path: str) -> None:
     if not pairs:
         raise click.UsageError(f"There is no file in {local_path}.")
     with open_client() as client:
-        target = fileset or new_fileset(client, local_path)
+        target = find_fileset(client, fileset) if fileset else new_fileset(client, local_path)
         for source, path in pairs:
             client.filesets.upload(target, path, str(source))
             click.echo(path)
-    click.echo(f"Completed upload to {target}#{remote_path}")
+    click.echo(f"Completed upload to {target}" + (f"#{remote_path}" if remote_path else ""))
 
 
 def uploads(local_path: str, remote_path: str) -> Iterator[tuple[Path, str]]:
@@ -72,6 +74,17 @@ def uploads(local_path: str, remote_path: str) -> Iterator[tuple[Path, str]]:
         for name in sorted(files):
             path = Path(folder, name)
             yield path, str(into / path.relative_to(source).as_posix())
+
+
+def find_fileset(client: Client, name: str) -> str:
+    """`name`, if there is one: found out before a file is sent. Raises NotFound with the command that makes it."""
+    try:
+        client.filesets.get(name)
+    except NotFound as error:
+        workspace, slash, own = name.rpartition("/")
+        where = f" --workspace {workspace}" if slash else ""
+        raise NotFound(error.message, f"Make it first: nimhost files filesets create {own}{where}") from None
+    return name
 
 
 def new_fileset(client: Client, local_path: str) -> str:

@@ -54,7 +54,7 @@ def extend(root: click.Group) -> None:
 
 
 def add_models(group: click.Group) -> None:
-    group.add_command(make("list", "List them; their ids are workspace/name.", list_served, [], FORMATS))
+    group.add_command(make("list", "List them; their ids are workspace/name.", list_served, [], FORMATS, lists=True))
     group.add_command(make("get", "Show one.", get_served, [click.Argument(["name"])]))
 
 
@@ -83,13 +83,14 @@ def get_url() -> click.Command:
         if provider and virtual_model:
             raise click.UsageError("Give --provider or --virtual-model, not both.")
         with open_client() as client:
-            base = f"{client.base_url}{gateway_path(client.workspace)}"
-            if provider:
-                click.echo(f"{base}/provider/{client.providers.get(provider)['name']}/-")
-            elif virtual_model:
-                click.echo(f"{base}/model/{client.virtual_models.get(virtual_model)['name']}/-")
-            else:
-                click.echo(f"{base}/openai/-/v1")
+            workspace, route = client.workspace, "openai/-/v1"
+            for word, resource, name in (
+                ("provider", client.providers, provider), ("model", client.virtual_models, virtual_model)
+            ):  # fmt: skip
+                if name:
+                    found = resource.get(name)
+                    workspace, route = found["workspace"], f"{word}/{found['name']}/-"
+            click.echo(f"{client.base_url}{gateway_path(workspace)}/{route}")
 
     about = "Print the address of the gateway for OpenAI clients, or of a provider or model."
     params = [click.Option(["--provider"], metavar="NAME"), click.Option(["--virtual-model"], metavar="NAME")]
@@ -133,7 +134,11 @@ def show(parts: Iterable[Part]) -> None:
             sys.stdout.buffer.write(part.data)
             sys.stdout.flush()
     if whole:
-        print_value(json.loads(whole), output_format("json", "yaml", "raw"))
+        try:
+            print_value(json.loads(whole), output_format("json", "yaml", "raw"))
+        except ValueError:  # what an engine calls JSON need not be
+            sys.stdout.buffer.write(whole)
+            sys.stdout.flush()
 
 
 def provider_ready(name: str) -> None:

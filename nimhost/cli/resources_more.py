@@ -10,7 +10,7 @@ import click
 from nimhost.cli.options import open_client
 from nimhost.cli.resources import EXIST_OK, create, make, subgroup
 from nimhost.cli.resources_options import body_of, complete_body, input_options, name_params, options_for, wish_fields
-from nimhost.cli.resources_output import DELETED, print_entity
+from nimhost.cli.resources_output import DELETED, print_entity, tell_adapter
 from nimhost.kinds import KINDS
 
 
@@ -42,7 +42,9 @@ def create_adapter() -> click.Command:
         body = complete_body(given, fields)
         with open_client() as client:
             insert = functools.partial(client.models.create_adapter, model)
-            print_entity(create(insert, client.adapters.get, body, exist_ok))
+            made = create(insert, client.adapters.get, body, exist_ok)
+        print_entity(made)
+        tell_adapter(made)
 
     params = [click.Argument(["model"]), *name_params(), *options_for(fields), EXIST_OK]
     return input_options(make("create", "Put an adapter on a model.", run, params))

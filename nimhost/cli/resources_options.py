@@ -13,10 +13,28 @@ import click
 from msgspec.structs import FieldInfo
 from msgspec.structs import fields as struct_fields
 
-from nimhost.cli.options import F
+from nimhost.cli.options import F, complete_names
 from nimhost.kinds import Kind
 
 CHOICES_SHOWN = 8
+NAMED = {
+    "fileset": "filesets", "model": "models", "base_model": "models", "model_entity_id": "models",
+    "default_model_entity": "models", "config": "deployment-configs", "api_key_secret_name": "secrets",
+    "project": "projects",
+}  # fmt: skip
+"""A field that names something of another kind -> that kind, for the shell to complete."""
+FIELDS = {
+    "description": "What it is, in your words.",
+    "project": "Label to find it by.",
+    "fileset": "Fileset with its files: NAME or WORKSPACE/NAME.",
+    "model": "The model that it goes with: NAME or WORKSPACE/NAME.",
+    "enabled": "Whether it is in use.",
+    "finetuning_type": "How it was made; only 'lora' is loaded into engines.  [default: lora]",
+    "lora_config": "What its files do not tell: '{\"rank\": 16}'.",
+}
+"""What a field is, where its name does not say it."""
+DEFAULTS = {"finetuning_type": "lora"}
+"""Of fields that a body must have, and a person need not say."""
 
 
 def parse_json(text: str) -> Any:
@@ -47,20 +65,23 @@ def options_for(fields: Iterable[FieldInfo]) -> list[click.Parameter]:
 def option_for(name: str, wanted: Any) -> click.Option:
     """Text and numbers as they are, a switch for a boolean, a list of text one by one, JSON for the rest."""
     flag = f"--{name.replace('_', '-')}"
-    wanted = _plain(wanted)
+    wanted, about = _plain(wanted), FIELDS.get(name)
     if wanted is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None)
+        return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=about)
     if wanted in (int, float):
-        return click.Option([flag, name], type=wanted, metavar="NUMBER")
+        return click.Option([flag, name], type=wanted, metavar="NUMBER", help=about)
     if get_origin(wanted) is Literal:
         choices = [str(choice) for choice in get_args(wanted)]
         metavar = None if len(choices) <= CHOICES_SHOWN else "WORD"
-        return click.Option([flag, name], type=click.Choice(choices), metavar=metavar)
+        about = " ".join([*filter(None, [about]), f"One of {', '.join(choices)}."]) if metavar else about
+        return click.Option([flag, name], type=click.Choice(choices), metavar=metavar, help=about)
     if get_origin(wanted) is list and _plain(*get_args(wanted)) is str:
-        return click.Option([flag, name], multiple=True, metavar="TEXT", help="May be given several times.")
+        return click.Option([flag, name], multiple=True, metavar="TEXT", help=about or "May be given several times.")
+    if wanted is str and name in NAMED:
+        return click.Option([flag, name], metavar="NAME", help=about, shell_complete=complete_names(NAMED[name]))
     if wanted is str:
-        return click.Option([flag, name], metavar="TEXT")
-    return click.Option([flag, name], type=parse_json, metavar="JSON")
+        return click.Option([flag, name], metavar="TEXT", help=about)
+    return click.Option([flag, name], type=parse_json, metavar="JSON", help=about)
 
 
 def _plain(wanted: Any) -> Any:
@@ -92,7 +113,18 @@ def body_of(given: dict[str, Any]) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
             raise click.BadParameter("this is not a JSON object.", param_hint=f"'{flag}'")
         body |= value or {}
+    if str(given.get("fileset")).startswith(("/", "./", "../", "~")):
+        _refuse_path(given["fileset"])
     return body | {name: _list(value) for name, value in given.items() if value is not None and value != ()}
+
+
+def _refuse_path(path: str) -> None:
+    """Raises BadParameter with what makes a fileset of it."""
+    directory = path.rstrip("/") + "/"
+    raise click.BadParameter(
+        f"'{path}' is a path; a fileset is needed. Make one of its files: nimhost files upload {directory}",
+        param_hint="'--fileset'",
+    )
 
 
 def _list(value: Any) -> Any:
@@ -119,7 +151,8 @@ def read_text(path: str) -> str:
 def complete_body(given: dict[str, Any], fields: Sequence[FieldInfo]) -> dict[str, Any]:
     """The body of a create, with its `name`. Raises UsageError naming what is needed and not there."""
     name = take_name(given)
-    body = body_of(given) | ({"name": name} if name else {})
+    body = {f.name: DEFAULTS[f.name] for f in fields if f.required and f.name in DEFAULTS}
+    body |= body_of(given) | ({"name": name} if name else {})
     missing = [] if body.get("name") else ["NAME"]
     missing += [f"--{f.name.replace('_', '-')}" for f in fields if f.required and body.get(f.name) is None]
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,8 @@ COLUMNS: dict[str, Columns] = {
     "projects": (("DESCRIPTION", "description"),),
     "filesets": (("STORAGE", "storage.type"), ("SOURCE", "storage.repo_id"), ("PURPOSE", "purpose")),
     "models": (("FILESET", "fileset"), ("FAMILY", "spec.family"), ("PROVIDERS", "model_providers")),
-    "adapters": (("MODEL", "model"), ("FILESET", "fileset"), ("ENABLED", "enabled")),
+    "adapters": (("MODEL", "model"), ("NAME TO USE", "served_name"), ("FILESET", "fileset"), ("ENABLED", "enabled"),
+                 ("LOADED ON", "loaded_on"), ("MESSAGE", "status_message")),
     "deployment-configs": (
         ("ENGINE", "engine"),
         ("MODEL", "model_entity_id"),
@@ -37,8 +39,25 @@ COLUMNS: dict[str, Columns] = {
 
 
 def print_entity(value: Any) -> None:
-    """One entity: as JSON where a table was asked for, because it has no rows."""
-    print_value(value, output_format("json", "yaml", "raw"))
+    """One entity: as JSON unless something else was asked for; as a table it has a row for each field."""
+    wanted = output_format("json", "yaml", "raw", "table")
+    if wanted != "table":
+        print_value(value, wanted)
+        return
+    texts = [(key, _text(one)) for key, one in value.items() if one is not None]
+    print_table(("FIELD", "VALUE"), texts)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def tell_adapter(row: Any) -> None:
+    """What can be done with an adapter now, beside the reply: to the person, not into a pipe."""
+    if row.get("loaded_on"):
+        click.echo(f"Chat with it: nimhost chat {row['served_name']}", err=True)
+    elif row.get("status_message"):
+        click.echo(f"Not loaded: {row['status_message']}", err=True)
 
 
 def list_format() -> str:

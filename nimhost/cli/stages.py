@@ -27,6 +27,8 @@ class View(Struct, frozen=True, kw_only=True):
     status: str = ""
     status_message: str = ""
     desired: str = "running"
+    update: str | None = None
+    """"rolling" or "failed", of a deployment that serves its previous version."""
     stages: tuple[Stage, ...] = ()
 
 
@@ -35,13 +37,14 @@ def fold(view: View, snapshot: Any, now: float) -> View:
 
     A download that is no longer reported is over; an engine that is no longer reported is gone, unless it is READY.
     """
+    update = snapshot.get("update")
     known = {stage.name: stage for stage in view.stages}
     said = snapshot.get("progress") or {}
     for name in NAMES:
         if said.get(name) is not None:
             known[name] = _stage(name, said[name], known.get(name), now)
         elif name in known and known[name].ended_at is None:
-            if name == "engine" and snapshot["status"] != "READY":
+            if name == "engine" and (snapshot["status"] != "READY" or update):
                 del known[name]
             else:
                 known[name] = _ended(known[name], now)
@@ -49,6 +52,7 @@ def fold(view: View, snapshot: Any, now: float) -> View:
         status=snapshot["status"],
         status_message=clean(snapshot.get("status_message") or ""),
         desired=snapshot.get("desired") or "running",
+        update=update,
         stages=tuple(known[name] for name in NAMES if name in known),
     )
 
@@ -78,13 +82,13 @@ def _ended(stage: Stage, now: float) -> Stage:
 def describe(stage: Stage, now: float) -> str:
     """What is known about a stage, without its name: `1.2 of 3.4 GB · 45 MB/s · 0:48 left`."""
     if stage.ended_at is not None:
-        size = [_size(stage.done_bytes)] if stage.done_bytes else []
+        size = [size_text(stage.done_bytes)] if stage.done_bytes else []
         return " · ".join(["done", *size, clock(stage.ended_at - stage.started_at)])
     if not stage.done_bytes and not stage.total_bytes:
         return " · ".join(part for part in (stage.message, clock(now - stage.started_at)) if part)
     parts = [_share(stage.done_bytes, stage.total_bytes)]
     if stage.rate_bytes_s > 0:
-        parts.append(f"{_size(stage.rate_bytes_s)}/s")
+        parts.append(f"{size_text(stage.rate_bytes_s)}/s")
         if stage.total_bytes > stage.done_bytes:
             parts.append(f"{clock((stage.total_bytes - stage.done_bytes) / stage.rate_bytes_s)} left")
     return " · ".join([*parts, stage.message] if stage.message else parts)
@@ -98,13 +102,21 @@ def fraction(stage: Stage) -> float | None:
 
 
 def plain_lines(before: View, after: View, now: float) -> list[str]:
-    """What is worth a line of its own where lines stay: new messages, and every tenth of a stage."""
+    """What is worth a line of its own where lines stay: new messages in brief, and every tenth of a stage."""
     known = {stage.name: stage for stage in before.stages}
     fresh = [s for s in after.stages if s.name not in known or _step(s) != _step(known[s.name])]
     lines = [f"{stage.name:8}  {describe(stage, now)}" for stage in fresh if stage.message or stage.total_bytes]
-    if (before.status, before.status_message) != (after.status, after.status_message) and after.status != "READY":
-        lines.append(f"{after.status:8}  {after.status_message}")
+    said = brief(after.status_message)
+    news = (before.status, brief(before.status_message)) != (after.status, said)
+    if news and (after.status != "READY" or after.update):
+        lines.append(f"{after.status:8}  {said}")
     return lines
+
+
+def brief(message: str) -> str:
+    """What is said in one line: without the log lines that prove it, and with when it is tried again."""
+    first, *more = message.split("\n")
+    return " ".join([first, *(line for line in more if line.startswith("Trying again at"))])
 
 
 def _step(stage: Stage) -> tuple[object, ...]:
@@ -121,14 +133,14 @@ def clock(seconds: float) -> str:
 
 def _share(done: float, total: float) -> str:
     if not total:
-        return _size(done)
-    done_text, done_unit = _size(done).split(" ")
-    total_text, total_unit = _size(total).split(" ")
+        return size_text(done)
+    done_text, done_unit = size_text(done).split(" ")
+    total_text, total_unit = size_text(total).split(" ")
     first = done_text if done_unit == total_unit else f"{done_text} {done_unit}"
     return f"{first} of {total_text} {total_unit}"
 
 
-def _size(size_bytes: float) -> str:
+def size_text(size_bytes: float) -> str:
     """Decimal units, as registries and hubs count."""
     for unit in ("B", "kB", "MB", "GB"):
         if size_bytes < 999.5:

@@ -40,14 +40,26 @@ FORMS = (
 )
 
 
-def parse_target(text: str, is_dir: bool) -> Target:
-    """First match wins. `is_dir`: there is a directory of that name. Raises BadRequest for what is none of them.
+def read_target(text: str) -> Target:
+    """`parse_target` of what this machine has under that name."""
+    path = os.path.expanduser(text)
+    return parse_target(text, os.path.isdir(path), os.path.isfile(path))
 
-    1 written like a path, or the name of a directory → Directory (an existing one, as an absolute path)
+
+def parse_target(text: str, is_dir: bool, is_file: bool = False) -> Target:
+    """First match wins. `is_dir`, `is_file`: there is one of that name. Raises BadRequest for what is none of them.
+
+    1 written like a path, or the name of a directory → Directory (an existing one, as an absolute path); no file
     2 a registry host before the first slash, or a tag at the end (no repository has a colon) → Image
     3 `name` or `owner/name`, with `@revision` or without → HubModel
     """
-    if text in (".", "..", "~") or text.startswith(("./", "../", "/", "~/")) or is_dir:  # 1
+    if text in (".", "..", "~") or text.startswith(("./", "../", "/", "~/")) or is_dir or is_file:  # 1
+        if is_file:
+            folder = os.path.dirname(text) or "."
+            raise BadRequest(
+                f"{text} is a file: the weights of a model are a directory.",
+                f"Name its directory: nimhost deploy {folder}",
+            )
         if not is_dir:
             raise BadRequest(f"There is no directory {text}.", FORMS)
         return Directory(os.path.abspath(os.path.expanduser(text)))

@@ -74,7 +74,12 @@ def _write(name: str, scopes: tuple[Any, ...]) -> dict[str, Any]:
 @format_option(*FORMATS)
 @address_options
 def list_() -> None:
-    """List API tokens, by name and by how they begin."""
+    """List API tokens, by name and by how they begin.
+
+    \b
+    Example:
+      nimhost tokens list
+    """
     with open_client() as client:
         rows = client.send(Request(path=PATH))["data"]
     wanted = output_format(*FORMATS)

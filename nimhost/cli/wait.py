@@ -7,7 +7,8 @@ import math
 import click
 
 from nimhost.cli.options import address_options, complete_deployment, open_client
-from nimhost.cli.wait_inference import Wait, show
+from nimhost.cli.wait_inference import Wait, show, show_probe
+from nimhost.errors import NotReady
 
 
 @click.command(cls=Wait)
@@ -23,7 +24,12 @@ def wait(name: str, status: str, timeout_s: float | None) -> None:
       nimhost wait qwen-qwen3-1-7b --timeout 1200
       nimhost wait qwen-qwen3-1-7b --status DELETED
     """
+    from nimhost.cli.progress import failure
+
     with open_client() as client:
         timeout_s = math.inf if timeout_s is None else timeout_s
-        client.deployments.wait(name, status, timeout_s=timeout_s, on_entry=show)
+        try:
+            client.deployments.wait(name, status, timeout_s=timeout_s, on_entry=show, on_probe=show_probe)
+        except NotReady as error:
+            raise failure(client, name, client.deployments.get(name)) from error
     click.echo(f"{name} is {'gone' if status == 'DELETED' else status}.")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import click
 
 from nimhost.cli.options import F, address_options, open_client
 from nimhost.cli.output import clean
+from nimhost.cli.stages import brief
 
 STATUSES = ["READY", "DELETED", "PENDING", "ERROR"]
 
@@ -48,7 +50,7 @@ def deployment(name: str, status: str, check_gateway: bool, timeout_s: float) ->
     click.echo(f"Waiting for deployment '{name}' to reach status: {status}")
     end = time.monotonic() + timeout_s
     with open_client() as client:
-        client.deployments.wait(name, status, timeout_s=timeout_s, on_entry=show)
+        client.deployments.wait(name, status, timeout_s=timeout_s, on_entry=show, on_probe=show_probe)
         click.echo("✓ Deployment DELETED!" if status == "DELETED" else f"✓ Deployment reached {status} status!")
         if status == "READY" and check_gateway:
             client.providers.wait(name, timeout_s=max(1.0, end - time.monotonic()))
@@ -67,4 +69,8 @@ def provider(name: str, timeout_s: float) -> None:
 
 
 def show(entry: Any) -> None:
-    click.echo(f"{entry['timestamp'][11:19]}  {entry['status']:8}  {clean(entry['status_message'])}")
+    click.echo(f"{entry['timestamp'][11:19]}  {entry['status']:8}  {brief(clean(entry['status_message']))}")
+
+
+def show_probe(finding: str) -> None:
+    click.echo(f"{datetime.now(UTC):%H:%M:%S}  last probe: {clean(finding)}")

@@ -33,13 +33,27 @@ class Options(TypedDict):
 class _Client(Resources):
     """What the two have in common. What is not given comes from the environment or `client.toml`."""
 
-    def __init__(self, base_url: str | None, workspace: str | None, access_token: str | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        base_url: str | None = None,
+        workspace: str | None = None,
+        access_token: str | None = None,
+        *,
+        timeout_s: float = 60.0,
+        transport: Any = None,
+    ) -> None:
+        """`transport`: one of httpx's, instead of the network."""
         flags = {"base_url": base_url, "workspace": workspace, "access_token": access_token}
         settings = client_settings.load(flags)
         self.base_url = settings.base_url
         self._timeout_s = timeout_s
         self._token = settings.access_token
         super().__init__(settings.workspace)
+        self._open(transport)
+
+    def _open(self, transport: Any) -> None:
+        """Makes the client of httpx that sends everything."""
+        raise NotImplementedError
 
     def _options(self) -> Options:
         headers = {"user-agent": f"nimhost/{nimhost.__version__}"}
@@ -104,16 +118,7 @@ def _reason(error: Exception) -> str:
 class Client(_Client):
     """Blocking. `with Client() as client: client.deployments.list()`"""
 
-    def __init__(
-        self,
-        base_url: str | None = None,
-        workspace: str | None = None,
-        access_token: str | None = None,
-        *,
-        timeout_s: float = 60.0,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        super().__init__(base_url, workspace, access_token, timeout_s)
+    def _open(self, transport: httpx.BaseTransport | None) -> None:
         self._http = httpx.Client(**self._options(), transport=transport)
 
     def __enter__(self) -> Client:
@@ -155,16 +160,7 @@ class Client(_Client):
 class AsyncClient(_Client):
     """For asyncio. `async with AsyncClient() as client: await client.deployments.list()`"""
 
-    def __init__(
-        self,
-        base_url: str | None = None,
-        workspace: str | None = None,
-        access_token: str | None = None,
-        *,
-        timeout_s: float = 60.0,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        super().__init__(base_url, workspace, access_token, timeout_s)
+    def _open(self, transport: httpx.AsyncBaseTransport | None) -> None:
         self._http = httpx.AsyncClient(**self._options(), transport=transport)
 
     async def __aenter__(self) -> AsyncClient:

@@ -7,12 +7,18 @@ import time
 from typing import Any
 
 from nimhost.client.resource import POLL_S, Resource, call
-from nimhost.client.wire import Flow, Pause, Request, segment
+from nimhost.client.wire import Flow, Pause, Record, Request, segment
+from nimhost.entities import NO_KEY
 from nimhost.errors import NotFound, UpstreamTimeout
 
 
 def gateway_path(workspace: str) -> str:
     return f"/apis/inference-gateway/v2/workspaces/{segment(workspace)}"
+
+
+def lacks_key(provider: Record) -> bool:
+    """Nothing has failed: the secret that it names was not made yet. Its message says how."""
+    return (provider.get("status_message") or "").startswith(NO_KEY)
 
 
 class Models(Resource):
@@ -37,7 +43,7 @@ class Providers(Resource):
     @call
     def ready(self, name: str, *, workspace: str | None = None) -> Flow[Any]:
         """Raises NotFound until requests can be sent to it."""
-        return (yield Request(path=f"{gateway_path(workspace or self.wire.workspace)}/provider/{segment(name)}/ready"))
+        return (yield self._ready(name, workspace))
 
     @call
     def update_status(self, /, name: str, *, workspace: str | None = None, **fields: Any) -> Flow[Any]:
@@ -50,14 +56,17 @@ class Providers(Resource):
         Raises NotFound when there is none of that name, UpstreamTimeout (with its own message) when the time is over.
         """
         deadline = time.monotonic() + timeout_s
-        ready = Request(path=f"{gateway_path(workspace or self.wire.workspace)}/provider/{segment(name)}/ready")
         while True:
             found = yield Request(path=self._path(name, workspace))
             try:
-                yield ready
+                yield self._ready(name, workspace)
                 return found
             except NotFound:
                 if time.monotonic() >= deadline:
                     state = f"{found['status']} {found['status_message']}".strip()
                     raise UpstreamTimeout(f"Provider '{name}' is not ready after {timeout_s:g} s: {state}") from None
             yield Pause(POLL_S)
+
+    def _ready(self, name: str, workspace: str | None) -> Request:
+        ref = self.ref(name, workspace)
+        return Request(path=f"{gateway_path(ref.workspace)}/provider/{segment(ref.name)}/ready")

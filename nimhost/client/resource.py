@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol
 from nimhost.client.streams import MakeDecoder
 from nimhost.client.wire import Flow, Record, Request, segment
 from nimhost.kinds import Kind
+from nimhost.refs import Ref
 
 P = ParamSpec("P")
 POLL_S = 0.5
@@ -42,10 +43,14 @@ class Resource:
         self.kind = kind
         self.wire = wire
 
-    def _path(self, name: str = "", workspace: str | None = None, *more: str) -> str:
+    def ref(self, name: str, workspace: str | None = None) -> Ref:
+        """`name` or `workspace/name`, which wins over the workspace given and the client's own."""
         first, slash, rest = name.partition("/")
-        workspace, name = (first, rest) if slash else (workspace or self.wire.workspace, first)
-        return "/".join((self.kind.path(segment(workspace)), *(segment(part) for part in (name, *more) if part)))
+        return Ref(first, rest) if slash else Ref(workspace or self.wire.workspace, first)
+
+    def _path(self, name: str = "", workspace: str | None = None, *more: str) -> str:
+        ref = self.ref(name, workspace)
+        return "/".join((self.kind.path(segment(ref.workspace)), *(segment(p) for p in (ref.name, *more) if p)))
 
     @call
     def create(self, /, name: str, *, workspace: str | None = None, **fields: Any) -> Flow[Any]:
@@ -60,6 +65,7 @@ class Resource:
     def list(self, /, *, workspace: str | None = None, **query: str) -> Flow[Any]:
         """All of them, page after page. `query`: `sort`, `filter` and so on; `workspace="-"`: in all workspaces."""
         found: list[Record] = []
+        query = {"page_size": str(self.kind.page_size_max), **query}
         page, pages = 1, 1
         while page <= pages:
             part = yield Request(path=self._path("", workspace), query={**query, "page": str(page)})
@@ -79,8 +85,10 @@ class Resource:
         return (yield Request(method=method, path=self._path(name, workspace), body=fields))
 
     @call
-    def delete(self, /, name: str, *, workspace: str | None = None) -> Flow[Any]:
-        return (yield Request(method="DELETE", path=self._path(name, workspace)))
+    def delete(self, /, name: str, *, workspace: str | None = None, dry_run: bool = False) -> Flow[Any]:
+        """`dry_run`: nothing is deleted, and the reply's `would_delete` says what would have been."""
+        query = {"dry_run": "true"} if dry_run else {}
+        return (yield Request(method="DELETE", path=self._path(name, workspace), query=query))
 
     @call
     def versions(self, name: str, *, workspace: str | None = None) -> Flow[Any]:

@@ -87,19 +87,22 @@ class Deployments(Resource):
         workspace: str | None = None,
         timeout_s: float = math.inf,
         on_entry: Callable[[Record], None] | None = None,
+        on_probe: Callable[[str], None] | None = None,
     ) -> Flow[Any]:
         """Wait until it has that status; DELETED means that it is gone, and gives None.
 
-        `on_entry` is called with each new entry of the status history. A daemon that goes away meanwhile is waited for.
+        `on_entry` is called with the last entry of the status history, then with each new one, `on_probe` with what the
+        probe of a loading engine finds, each time that is something else. A daemon that goes away meanwhile is waited
+        for.
         Raises NotReady when it cannot become READY, UpstreamTimeout when the time is over, NotFound when it is gone.
         """
         deadline = time.monotonic() + timeout_s
         found: Record | None = None
-        seen: list[Record] = []
+        news = _News(on_entry, on_probe)
         while True:
             try:
                 found = yield Request(path=self._path(name, workspace))
-                seen = _report(seen, found["status_history"], on_entry)
+                news.tell(found)
                 if _reached(name, found, status):
                     return found
             except NotFound:
@@ -114,24 +117,50 @@ class Deployments(Resource):
             yield Pause(POLL_S)
 
 
-def _report(seen: list[Record], history: list[Record], on_entry: Callable[[Record], None] | None) -> list[Record]:
-    for entry in history:
-        if entry not in seen and on_entry is not None:
-            on_entry(entry)
-    return history
+class _News:
+    """Tells what a look at a deployment shows that the look before did not."""
+
+    def __init__(self, on_entry: Callable[[Record], None] | None, on_probe: Callable[[str], None] | None) -> None:
+        self._on_entry = on_entry
+        self._on_probe = on_probe
+        self._history: list[Record] | None = None
+        self._probe = ""
+
+    def tell(self, found: Record) -> None:
+        history = found["status_history"]
+        before, self._history = history[:-1] if self._history is None else self._history, history
+        for entry in self._history:
+            if entry not in before and self._on_entry is not None:
+                self._on_entry(entry)
+        known, self._probe = self._probe, last_probe(found)
+        if self._probe not in ("", known) and self._on_probe is not None:
+            self._on_probe(self._probe)
+
+
+def last_probe(deployment: Record) -> str:
+    """What the probe of a loading engine found last; empty when none is loading."""
+    engine = (deployment.get("progress") or {}).get("engine") or {}
+    return engine.get("message") or ""
 
 
 def _reached(name: str, found: Record, status: str) -> bool:
     """Raises NotReady for a deployment that will not become READY by waiting."""
+    if status == "READY" and found.get("update") == "rolling" and found.get("desired") != "stopped":
+        return False  # what it says is about the version before
     if status == "READY" and found["status"] in ("ERROR", "LOST"):
         raise NotReady(f"'{name}' is {_state(found)}", f"Read its logs: nimhost logs {name}")
     if status == "READY" and found.get("desired") == "stopped":
         raise NotReady(f"'{name}' is stopped.", f"Start it with: nimhost start {name}")
+    if status == "READY" and found["status"] == "READY" and found.get("update"):
+        raise NotReady(f"The update of '{name}' failed. {found['status_message']}")
     return bool(found["status"] == status)
 
 
 def _state(found: Record | None) -> str:
-    return f"{found['status']}: {found['status_message']}" if found else ""
+    if not found:
+        return ""
+    probe = last_probe(found)
+    return f"{found['status']}: {found['status_message']}" + (f" Last probe: {probe}." if probe else "")
 
 
 SPECIAL: Mapping[str, type[Resource]] = {

@@ -47,6 +47,11 @@ def resolve(flags: Mapping[str, str | None], env: Mapping[str, str], stored: Map
         if value := next((candidate for candidate in candidates if candidate), None):
             chosen[name] = value
     settings = ClientSettings(**chosen)
+    token = settings.access_token or ""
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError(
+            "The access token has characters that no token has.", "Copy it again: nimhost config set --access-token -"
+        )
     return settings._replace(base_url=check_url(settings.base_url))
 
 

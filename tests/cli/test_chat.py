@@ -28,6 +28,7 @@ def test_an_answer_is_printed_and_nothing_else(nimhost: Run, wire: FakeWire) -> 
         "model": "default/q1",
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}],
         "stream": True,
+        "stream_options": {"include_usage": True},
         "temperature": 0.0,
         "max_tokens": 9,
     }
@@ -122,8 +123,13 @@ P = [QWEN[1], NIM[1], CLOUD]
         ("meta-llama", None, ChatTarget("meta-llama", None, "w")),  # 4
         ("w/meta-llama", None, ChatTarget("meta-llama", None, "w")),  # 4
         ("meta/llama", None, ChatTarget("meta/llama", "llama", "w")),  # 5
-        ("Qwen/Qwen3", None, ChatTarget("w/qwen-qwen3", "qwen-qwen3", "w")),  # 6
-        ("other", None, ChatTarget("other", None, "w")),  # 7
+        ("w--lora", None, ChatTarget("w--lora", None, "w")),  # 4
+        ("lora", None, ChatTarget("w--lora", None, "w")),  # 6
+        ("w/lora", None, ChatTarget("w--lora", None, "w")),  # 6
+        ("qwen-qwen3--lora", None, ChatTarget("w--lora", None, "w")),  # 6
+        ("w--not-yet", None, ChatTarget("w--not-yet", None, "w")),  # 8
+        ("Qwen/Qwen3", None, ChatTarget("w/qwen-qwen3", "qwen-qwen3", "w")),  # 7
+        ("other", None, ChatTarget("other", None, "w")),  # 8
         (None, "cloud", ChatTarget("gpt-4", "cloud", "w")),  # 1
     ],
 )

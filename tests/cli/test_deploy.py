@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 
 from nimhost.cli.entities import MADE_BY
-from nimhost.cli.progress import RUNNING, STALE
+from nimhost.client.resources import Deployments
 from tests.cli.wire import FakeWire, Refusal, snapshot
 from tests.support import wait_until
 
@@ -29,7 +29,7 @@ def becomes_ready(wire: FakeWire) -> None:
             for n in range(100)
         ),
         snapshot("PENDING", "Loading", engine={"message": "loading weights"}),
-        snapshot("READY", RUNNING),
+        snapshot("READY"),
     ]
 
 
@@ -72,7 +72,7 @@ def test_something_different_under_the_name_is_left_alone(nimhost: Run, wire: Fa
     before = json.dumps([wire.rows[kind, "default", QWEN] for kind in KINDS])
     done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "2")
     assert done.exit_code == 1
-    assert "executor_config.gpu: 1 there, 2 wanted" in done.stderr
+    assert "--gpu: 1 there, 2 wanted" in done.stderr
     assert f"nimhost rm {QWEN}" in done.stderr
     assert json.dumps([wire.rows[kind, "default", QWEN] for kind in KINDS]) == before
 
@@ -82,22 +82,198 @@ def test_update_changes_what_differs_and_rolls_the_deployment(nimhost: Run, wire
     nimhost("deploy", "Qwen/Qwen3-1.7B")
     wire.asked.clear()
     assert nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "2", "--update").exit_code == 0
-    changes = [repr(asked).rpartition("default/")[2] for asked in wire.asked if asked.method != "GET"]
-    assert changes == [f"deployment-configs/{QWEN}", f"deployments/{QWEN}"]
+    assert [body["config"]["executor_config"]["gpu"] for body in wire.sent("POST", "/plan")] == [2]  # asked first
+    changed = [asked for asked in wire.asked if asked.method != "GET" and not asked.path.endswith("/plan")]
+    changes = [repr(asked).rpartition("default/")[2] for asked in changed]
+    assert changes == [f"deployment-configs/{QWEN}"]  # which the deployment follows: once is enough
     assert wire.rows["deployment-configs", "default", QWEN]["executor_config"]["gpu"] == 2
+
+
+def test_a_deployment_pinned_to_an_older_config_is_changed_with_it(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    wire.rows["deployments", "default", QWEN]["config_version"] = 1
+    wire.rows["deployment-configs", "default", QWEN]["entity_version"] = 2
+    wire.asked.clear()
+    assert nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "2", "--update").exit_code == 0
+    assert len(wire.sent("POST", f"/deployments/{QWEN}")) == 1
+
+
+def test_an_update_starts_what_is_stopped(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    nimhost("stop", QWEN)
+    assert nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "2", "--update").exit_code == 0
+    assert wire.rows["deployments", "default", QWEN]["desired"] == "running"
+
+
+def test_an_update_leaves_alone_what_no_option_says(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B", "--arg", "--enforce-eager", "--lora")
+    config = wire.rows["deployment-configs", "default", QWEN]
+    config["model_spec"] |= {"chat_template": "{{ x }}", "model_revision": None}
+    config["executor_config"] |= {"disk_size": "90Gi", "image_name": "old/image"}
+    assert nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "2", "--update").exit_code == 0
+    (planned,) = wire.sent("POST", "/plan")
+    for body in (planned["config"], wire.sent("POST", f"/deployment-configs/{QWEN}")[-1]):
+        spec = {"model_namespace": "default", "model_name": QWEN, "lora_enabled": True, "chat_template": "{{ x }}"}
+        assert body["model_spec"] == spec
+        assert body["executor_config"] == {
+            "gpu": 2, "disk_size": "90Gi", "additional_args": [], "additional_envs": {}
+        }  # fmt: skip
+
+
+def test_adapters_can_be_switched_on_and_off(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    config = wire.rows["deployment-configs", "default", QWEN]
+    assert "lora_enabled" not in config["model_spec"]
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--lora")
+    assert "--lora: nothing there, True wanted" in done.stderr
+    for flag, there in (("--lora", True), ("--no-lora", False)):
+        assert nimhost("deploy", "Qwen/Qwen3-1.7B", flag, "--update").exit_code == 0
+        assert wire.rows["deployment-configs", "default", QWEN]["model_spec"]["lora_enabled"] is there
+
+
+def test_an_update_of_what_is_not_there_says_so_and_deploys(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--update")
+    assert (done.exit_code, done.stderr) == (0, f"There is no {QWEN} to update yet: deploying it.\n")
+
+
+FAILED_UPDATE = (
+    f"Serving the previous version: the new one failed. Fix it and update again; what it said: nimhost logs {QWEN}\n"
+    "It exited with code 1.\n\nLast log lines:\nValueError: no such flag"
+)
+
+
+@pytest.mark.parametrize("more", [(), ("--no-wait",), ("--update",)])
+def test_an_update_that_failed_is_not_tried_again_by_deploying_the_same(
+    nimhost: Run, wire: FakeWire, more: tuple[str, ...]
+) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    failed = {"status": "READY", "status_message": FAILED_UPDATE, "update": "failed"}
+    wire.rows["deployments", "default", QWEN] |= failed
+    wire.asked.clear()
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", *more)
+    assert done.exit_code == 1
+    assert {asked.method for asked in wire.asked} == {"GET"}
+    assert f"The update of {QWEN} failed, and the previous version serves. It exited with code 1." in done.stderr
+    assert done.stderr.count("ValueError") == 1
+    assert f"nimhost start {QWEN} (without a GPU to spare, nothing serves meanwhile)" in done.stderr
+    assert "Give it up: nimhost deploy … --update, with the options of before" in done.stderr
+    assert f"nimhost logs {QWEN}" in done.stderr
+
+
+def test_a_failure_is_shown_with_its_proof_once(nimhost: Run, wire: FakeWire) -> None:
+    why = "It exited with code 1.\n\nLast log lines:\nValueError: no such flag"
+    wire.script = [
+        snapshot("PENDING", f"{why}\nTrying again at 10:00:00Z (attempt 2)."),
+        snapshot("PENDING", f"{why}\nTrying again at 10:00:09Z (attempt 3)."),
+        snapshot("ERROR", why),
+    ]
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B")
+    assert done.stdout.splitlines() == [
+        "PENDING   It exited with code 1. Trying again at 10:00:00Z (attempt 2).",
+        "PENDING   It exited with code 1. Trying again at 10:00:09Z (attempt 3).",
+        "ERROR     It exited with code 1.",
+    ]
+    assert done.stderr.count("ValueError") == 1
+
+
+def test_logs_that_never_were_are_not_pointed_at(nimhost: Run, wire: FakeWire) -> None:
+    wire.script = [snapshot("ERROR", "Image x/y: there is no such image.")]
+    wire.refuse["GET", "/logs"] = Refusal(409, "NotReady", "has no container yet")
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B")
+    assert done.exit_code == 1
+    assert "nimhost logs" not in done.stderr
+    assert f"Try again: nimhost start {QWEN}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("--max-model-len 100", "--arg --max-model-len --arg 100"),
+        ("-tp  2", "--arg -tp --arg 2"),
+        ("--override {a: 1}", "--arg --override --arg '{a: 1}'"),
+    ],
+)
+def test_a_flag_quoted_together_with_its_value_is_refused(nimhost: Run, wire: FakeWire, text: str, right: str) -> None:
+    for command in ("deploy", "plan"):
+        done = nimhost(command, "Qwen/Qwen3-1.7B", "--arg", text)
+        assert done.exit_code == 2
+        assert right in done.stderr
+    assert wire.asked == []
+
+
+def test_values_with_blanks_are_arguments(nimhost: Run, wire: FakeWire) -> None:
+    words = ('--hf-overrides={"a": 1}', '{"b": 2}', "- x")
+    nimhost("deploy", "a/bb", "--no-wait", *(part for word in words for part in ("--arg", word)))
+    assert wire.rows["deployment-configs", "default", "a-bb"]["executor_config"]["additional_args"] == list(words)
 
 
 def test_an_update_is_over_when_the_new_engine_serves(nimhost: Run, wire: FakeWire) -> None:
     becomes_ready(wire)
     nimhost("deploy", "Qwen/Qwen3-1.7B")
-    preparing = snapshot("READY", "Pulling image", image={"done_bytes": 1, "total_bytes": 2})
-    wire.script = [preparing, snapshot("PENDING", "Replacing"), snapshot("READY", RUNNING)]
+    preparing = {**snapshot("READY", "Pulling image", image={"done_bytes": 1, "total_bytes": 2}), "update": "rolling"}
+    wire.script = [preparing, snapshot("PENDING", "Replacing"), snapshot("READY")]
     done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "2", "--update")
     assert done.stdout.index("Replacing") < done.stdout.index("is READY")
-    wire.script = [preparing, snapshot("READY", f"{STALE}. No such image.")]
+    wire.script = [preparing, {**snapshot("READY", "The new version failed: no such image."), "update": "failed"}]
     done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "3", "--update")
     assert done.exit_code == 1
-    assert "No such image." in done.stderr
+    assert "no such image." in done.stderr
+
+
+def test_an_update_that_could_not_run_changes_nothing(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    before = json.dumps([wire.rows[kind, "default", QWEN] for kind in KINDS])
+    wire.asked.clear()
+    wire.plan = {"verdict": "refused", "reason": "Not enough GPUs on this system: needs 9.", "hint": "nimhost gpus"}
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "9", "--update")
+    assert done.exit_code == 1
+    assert done.stderr == "Error: Nothing was changed. Not enough GPUs on this system: needs 9.\nHint: nimhost gpus\n"
+    assert [asked.path for asked in wire.asked if asked.method != "GET"] == ["/apis/nimhost/v1/plan"]
+    assert json.dumps([wire.rows[kind, "default", QWEN] for kind in KINDS]) == before
+
+
+def test_what_was_changed_is_put_back_when_a_later_part_is_refused(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B", "--arg", "--enforce-eager")
+    before = {kind: dict(wire.rows[kind, "default", QWEN]) for kind in KINDS}
+    wire.refuse["POST", f"/deployments/{QWEN}"] = Refusal(400, "BadRequest", "this machine has 1 GPU", "--gpu 1")
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B@v2", "--gpu", "9", "--update", "--force")
+    assert done.exit_code == 1
+    assert done.stderr == "Error: this machine has 1 GPU\nHint: --gpu 1\n"
+    for kind in KINDS:
+        assert wire.rows[kind, "default", QWEN].items() >= before[kind].items()
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_a_share_that_is_no_size_is_refused(nimhost: Run, wire: FakeWire, size: str) -> None:
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu-memory", size)
+    assert done.exit_code == 2
+    assert "--gpu-memory" in done.stderr
+    assert wire.asked == []
+
+
+def test_gpus_that_idle_are_said_once_it_is_ready(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "3")
+    wire.rows["deployments", "default", QWEN]["warnings"] = ["2 of 3 GPUs stay idle. Set executor_config.gpu to 1."]
+    wire.script = [snapshot("READY")]
+    done = nimhost("deploy", "Qwen/Qwen3-1.7B", "--gpu", "3")
+    assert "note      2 of 3 GPUs stay idle. Set --gpu to 1." in done.stdout
+
+
+def test_refresh_makes_a_new_version_of_what_is_unchanged(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    wire.asked.clear()
+    assert nimhost("deploy", "Qwen/Qwen3-1.7B", "--refresh").exit_code == 0
+    assert [repr(a).rpartition("default/")[2] for a in wire.asked if a.method != "GET"] == [f"deployments/{QWEN}"]
 
 
 def test_deploying_what_has_failed_tries_again(nimhost: Run, wire: FakeWire) -> None:
@@ -229,6 +405,42 @@ def test_ps_lists_deployments_and_providers_of_their_own_right(nimhost: Run, wir
     ]
 
 
+def test_ps_shows_what_serves_while_another_version_is_wished(nimhost: Run, wire: FakeWire) -> None:
+    wire.ready("q1", "default/q1", entity_version=3)
+    wire.rows["deployment-configs", "default", "q1"]["model_entity_id"] = "default/new"
+    wire.versions["deployment-configs", "default", "q1", 2] = {
+        **wire.rows["deployment-configs", "default", "q1"], "entity_version": 2, "model_entity_id": "default/old",
+    }  # fmt: skip
+    wire.rows["deployments", "default", "q1"] |= {"config_version": 3, "serving": {"config_version": 2}}
+    assert "default/old" in nimhost("ps").stdout
+    wire.rows["deployments", "default", "q1"]["serving"] = {"config_version": 1}  # which has been deleted since
+    assert "default/new" in nimhost("ps").stdout
+    wire.rows["deployments", "default", "q1"]["serving"] = {"config_version": 3}
+    wire.asked.clear()
+    assert "default/new" in nimhost("ps").stdout
+    assert not [asked for asked in wire.asked if "versions" in asked.path]
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        (FAILED_UPDATE, "Serving the previous version: the new one failed."),
+        (
+            "Container of v0.33.0 at 127.0.0.1 (ID: ab). The engine is loading.",
+            "Container of v0.33.0 at 127.0.0.1 (ID: ab).",
+        ),
+        ("Exited with code 1\n\nLast log lines:\nx.", "Exited with code 1"),
+        ("", ""),
+    ],
+)
+def test_ps_shows_the_first_sentence(nimhost: Run, wire: FakeWire, message: str, shown: str) -> None:
+    wire.ready("q1", "default/q1")
+    wire.rows["deployments", "default", "q1"] |= {"status_message": message, "created_at": "2026-01-02T03:04:05Z"}
+    assert nimhost("ps").stdout.splitlines()[1].split("d  ", 1)[-1].strip().endswith(shown)
+    assert "Last log" not in nimhost("ps").stdout
+    assert json.loads(nimhost("ps", "-f", "json").stdout)[0]["message"] == message
+
+
 def test_ps_everywhere_names_the_workspace(nimhost: Run, wire: FakeWire) -> None:
     wire.ready("q1", "default/q1")
     wire.put("deployments", "q1", "team", config="q1")
@@ -249,6 +461,26 @@ def test_wait_prints_the_history_and_succeeds(nimhost: Run, wire: FakeWire) -> N
     wire.put("deployments", "q1", config="q1", status="READY", status_history=[entry])
     done = nimhost("wait", "q1")
     assert (done.exit_code, done.stdout) == (0, "03:04:05  READY     Serving\nq1 is READY.\n")
+
+
+def test_wait_tells_what_comes_and_not_what_was(nimhost: Run, wire: FakeWire) -> None:
+    history = [
+        {"timestamp": f"2026-01-02T03:04:0{n}Z", "status": "PENDING", "status_message": f"step {n}"} for n in range(3)
+    ]
+    wire.put("deployments", "q1", config="q1", status="READY", status_history=history)
+    assert nimhost("wait", "q1").stdout == "03:04:02  PENDING   step 2\nq1 is READY.\n"
+
+
+def test_wait_says_that_an_update_failed(nimhost: Run, wire: FakeWire) -> None:
+    entry = {"timestamp": "2026-01-02T03:04:05Z", "status": "READY", "status_message": FAILED_UPDATE}
+    wire.put(
+        "deployments", "q1", config="q1", status="READY", status_message=FAILED_UPDATE, update="failed",
+        status_history=[entry],
+    )  # fmt: skip
+    done = nimhost("wait", "q1")
+    assert done.exit_code == 1
+    assert "Error: The update of q1 failed, and the previous version serves. It exited with code 1." in done.stderr
+    assert (done.stdout + done.stderr).count("ValueError") == 1
 
 
 def test_wait_fails_with_what_failed(nimhost: Run, wire: FakeWire) -> None:
@@ -308,6 +540,20 @@ def test_rm_of_several_does_what_it_can(nimhost: Run, wire: FakeWire) -> None:
     assert done.exit_code == 1
     assert "Deployment 'default/nope' not found" in done.stderr
     assert done.stdout == "Removed q1.\n"
+
+
+def test_ctrl_c_during_rm_says_what_stays(nimhost: Run, wire: FakeWire, monkeypatch: pytest.MonkeyPatch) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    monkeypatch.setattr(Deployments, "wait", interrupted)
+    done = nimhost("rm", QWEN)
+    assert done.exit_code == 130
+    assert f"{QWEN} goes on being removed. Its config, model and fileset stay" in done.stderr
+    assert f"nimhost rm {QWEN}" in done.stderr
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_rm_without_waiting(nimhost: Run, wire: FakeWire) -> None:

@@ -8,14 +8,16 @@ import click
 import pytest
 from msgspec.structs import replace
 
-from nimhost.cli.gpus import rows_of
+from nimhost.cli.gpus import HEADERS, rows_of
 from nimhost.cli.plan import lines_of
 from nimhost.deployments.explain import explanation
+from nimhost.deployments.observed import Room
 from nimhost.models.memory import GIB, Ask
 from tests.deployments.make import wanted
 from tests.deployments.test_fit import order
 from tests.deployments.test_preflight import CARD, absent, here, vllm
 from tests.models import public
+from tests.models import test_checkpoint as known
 
 GPU: dict[str, Any] = {
     "uuid": "GPU-0", "index": 0, "name": "NVIDIA H100", "memory_bytes": 80 * GIB, "used_bytes": 30 * GIB,
@@ -52,6 +54,36 @@ def test_a_plan_shows_the_sum_the_gpus_and_the_longest_context() -> None:
         assert line in shown, shown
 
 
+def test_what_waits_says_once_what_for() -> None:
+    d = vllm(order=order(known.QWEN3_1_7B, gpu=2))
+    found = explanation(d, replace(here(), gpus=(CARD,))) | {"verdict": "waits", "hint": None}
+    shown = text(found | {"reason": "Waiting for GPUs: needs 2 GPUs, 1 free"})
+    assert shown.splitlines()[-1] == "It would wait for GPUs: needs 2 GPUs, 1 free"
+    shown = text(found | {"reason": "Pulling the image."})
+    assert shown.splitlines()[-1] == "It would wait: Pulling the image."
+
+
+def test_gpus_that_would_idle_are_said() -> None:
+    cards = tuple(replace(CARD, uuid=f"GPU-{i}", index=i) for i in range(3))
+    d = vllm(order=order(known.QWEN3_1_7B, gpu=3))
+    shown = text(explanation(d, replace(here(), gpus=cards)))
+    assert "Note: 2 of 3 GPUs stay idle: a model with 16 attention heads" in shown
+    assert "Set --gpu to 1, or use all of them with --pipeline-parallel-size 3 in --arg." in shown
+
+
+def test_a_sum_that_was_overruled_is_not_said_to_fit() -> None:
+    shown = text(explanation(vllm(public.LLAMA_70B, force=True), here()))
+    assert "By this sum it does not fit; it would be started because of --force." in shown
+
+
+def test_an_image_that_brings_its_model_needs_no_weights_on_disk() -> None:
+    d = replace(wanted(), weights=None)
+    room = Room(weights_path="/w", weights_free_bytes=10**12, images_path="/i", images_free_bytes=10**12)
+    shown = text(explanation(d, replace(here(), images={}, rooms={d.ref: room})))
+    assert "Disk, weights" not in shown
+    assert "Disk, image: size not known" in shown
+
+
 def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
     shown = text(explanation(vllm(public.LLAMA_70B), absent()))
     assert "Longest context that fits: none" in shown
@@ -68,7 +100,29 @@ def test_what_has_to_be_fetched_is_shown_with_the_room_for_it() -> None:
 def test_an_unknown_model_is_said_to_be_unknown() -> None:
     found = explanation(wanted(), replace(here(), gives_gpus=None)) | {"unknown": "Secret not found: default/hf."}
     assert "What it takes of a GPU is not known: Secret not found: default/hf." in text(found)
-    assert "It would start." in text(found)
+    assert "Not known: It would be started. Whether it fits shows when it runs." in text(found)
+
+
+def test_without_a_gpu_there_is_nothing_to_know() -> None:
+    found = explanation(wanted(gpus=0), replace(here(), gives_gpus=None))
+    assert text(found).endswith("It would start.")
+
+
+def test_a_context_that_the_model_was_not_made_for_is_not_said_to_fit() -> None:
+    long = vllm(order=order(known.QWEN3_1_7B, "--max-model-len", "1000000"), ask=Ask(max_model_len=1_000_000))
+    shown = text(explanation(long, here()))
+    assert "Longest context that fits: 40960 (--max-model-len 40960)" in shown
+    assert "Refused: --max-model-len 1000000: the model was made for 40960 tokens" in shown
+    assert "GPUs: " not in shown
+
+
+@pytest.mark.parametrize(
+    ("per_token", "said"), [(512, "0.5 KiB"), (1024, "1 KiB"), (1536, "1.5 KiB"), (81920, "80 KiB")]
+)
+def test_small_sizes_are_not_rounded_away(per_token: int, said: str) -> None:
+    found = explanation(vllm(), here())
+    found["memory"]["kv_cache_bytes_per_token"] = per_token
+    assert f" tokens, {said} each" in text(found)
 
 
 def test_without_docker_the_sum_is_shown_all_the_same() -> None:
@@ -104,3 +158,16 @@ def test_a_gpu_has_a_row_for_everybody_who_uses_it(fields: dict[str, Any], used_
     rows = rows_of({**GPU, **fields})
     assert [row[-1] for row in rows] == used_by
     assert rows[0][:5] == ("0", "NVIDIA H100", "80.0 GiB", "30.0 GiB", "50.0 GiB")
+    assert {len(row) for row in rows} == {len(HEADERS)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reserved"),
+    [
+        ({}, "-"),
+        ({"holder": "default/x"}, "all"),
+        ({"shares": [{"holder": "default/a", "memory_bytes": n * GIB} for n in (10, 70)]}, "80.0 GiB"),
+    ],
+)
+def test_what_is_promised_of_a_gpu_is_told_from_what_is_used(fields: dict[str, Any], reserved: str) -> None:
+    assert dict(zip(HEADERS, rows_of({**GPU, **fields})[0], strict=True))["RESERVED"] == reserved

@@ -20,6 +20,7 @@ from nimhost.errors import BadRequest
 from nimhost.kinds import KINDS
 from tests.e2e.daemon import DaemonProcess
 from tests.e2e.upstreams import OPENAI_KEY, Upstreams
+from tests.tiny import tiny_lora
 
 Run = Callable[..., Result]
 
@@ -243,9 +244,9 @@ def test_a_list_can_be_cut_sorted_and_narrowed_down(here: Run) -> None:
     assert "--filter" in here("models", "list", "--filter", "name", code=2).stderr
 
 
-def test_one_is_json_also_where_a_table_was_asked_for(here: Run) -> None:
+def test_one_is_json_unless_something_else_was_asked_for(here: Run) -> None:
     here("models", "create", "m1")
-    assert data(here("models", "get", "m1", "-f", "table"))["name"] == "m1"
+    assert data(here("models", "get", "m1"))["name"] == "m1"
     assert "name: m1" in here("models", "get", "m1", "-f", "yaml").stdout
     missing = here("models", "get", "nope", code=1)
     assert (missing.stdout, missing.stderr.startswith("Error: Model")) == ("", True)
@@ -438,3 +439,70 @@ def test_waiting_says_what_is_there_instead(here: Run) -> None:
     assert "nope" in here("wait", "inference", "deployment", "nope", code=1).stderr
     assert "nope" in here("wait", "nope", code=1).stderr
     assert "✓ Deployment DELETED!" in here("wait", "inference", "deployment", "nope", "--status", "DELETED").stdout
+
+
+def test_the_address_of_a_provider_elsewhere_is_there(here: Run, daemon: DaemonProcess, nimhost: Run) -> None:
+    other = f"w{uuid4().hex[:12]}"
+    here("workspaces", "create", other)
+    here("inference", "providers", "create", "up", "--host-url", "http://127.0.0.1:1", "-w", other)
+    shown = here("inference", "get-url", "--provider", f"{other}/up").stdout
+    assert shown == f"{daemon.url}/apis/inference-gateway/v2/workspaces/{other}/provider/up/-\n"
+
+
+def test_a_deletion_can_be_tried_first(here: Run) -> None:
+    name = f"w{uuid4().hex[:12]}"
+    here("workspaces", "create", name)
+    here("secrets", "create", "k1", "--value", "x", "-w", name)
+    shown = here("workspaces", "delete", name, "--dry-run").stdout
+    assert shown == f"Would delete: workspace {name}\nWould delete: secret {name}/k1\n"
+    assert [one["name"] for one in data(here("workspaces", "delete", name, "--dry-run", "-f", "json"))["would_delete"]]
+    here("secrets", "get", "k1", "-w", name)
+
+
+# --- filesets and adapters -----------------------------------------------------------------------------------------
+
+
+def test_a_path_is_no_fileset_and_the_command_that_makes_one_of_it_works(here: Run, tmp_path: Path) -> None:
+    directory = tiny_lora(tmp_path / "math-lora")
+    here("models", "create", "base")
+    refused = here("adapters", "create", "math", "--model", "base", "--fileset", str(directory), code=2)
+    made = refused.stderr.rpartition("nimhost ")[2].split()
+    assert made == ["files", "upload", f"{directory}/"]
+    assert here(*made).stdout.endswith("Completed upload to math-lora\n")
+    assert here("adapters", "create", "math", "--model", "base", "--fileset", "math-lora").exit_code == 0
+    assert data(here("adapters", "get", "math"))["finetuning_type"] == "lora"
+
+
+def test_who_deletes_a_fileset_hears_which_adapters_lose_their_files(here: Run, tmp_path: Path) -> None:
+    here("models", "create", "base")
+    here("files", "upload", f"{tiny_lora(tmp_path / 'math-lora')}/")
+    here("adapters", "create", "math", "--model", "base", "--fileset", "math-lora")
+    row = data(here("adapters", "get", "math"))
+    dry = here("files", "filesets", "delete", "math-lora", "--dry-run")
+    assert f"would lose their files: {row['workspace']}/math." in dry.stderr
+    done = here("files", "filesets", "delete", "math-lora")
+    assert f"have lost their files: {row['workspace']}/math." in done.stderr
+    assert done.stdout == "✓ Deleted successfully\n"
+
+
+def test_the_list_of_adapters_has_the_name_to_chat_with(here: Run, tmp_path: Path) -> None:
+    here("models", "create", "base")
+    here("files", "upload", f"{tiny_lora(tmp_path / 'math-lora')}/")
+    here("adapters", "create", "math", "--model", "base", "--fileset", "math-lora")
+    row = data(here("adapters", "get", "math"))
+    shown = here("adapters", "list", "-f", "table").stdout
+    assert "NAME TO USE" in shown
+    assert f"  {row['workspace']}--math  " in shown
+
+
+def test_one_entity_as_a_table_has_a_row_for_each_field(here: Run) -> None:
+    here("workspaces", "create", (name := f"t{uuid4().hex[:9]}"), "--description", "Ours")
+    shown = here("workspaces", "get", name, "-f", "table").stdout.splitlines()
+    assert shown[0].split() == ["FIELD", "VALUE"]
+    assert ["description", "Ours"] in [line.split() for line in shown]
+
+
+@pytest.mark.parametrize("path", ["adapters create", "models adapters create"])
+def test_every_option_of_an_adapter_says_what_it_is(path: str) -> None:
+    said = {param.name for param in command(*path.split()).params if getattr(param, "help", None)}
+    assert {"fileset", "finetuning_type", "enabled", "lora_config", "description"} <= said

@@ -123,6 +123,8 @@ def test_an_image_brings_its_model() -> None:
         (Image("a.b/c", "1", "c"), {"image": "x:1"}, "Leave one"),
         (Image("a.b/c", "1", "c"), {"engine": "generic"}, "--health-path"),
         (HubModel("a/b"), {"engine": "generic", "health_path": "/ok"}, "--image"),
+        (Directory("/srv/w"), {"token_secret": "hf"}, "Leave it out."),
+        (Image("a.b/c", "1", "c"), {"token_secret": "hf"}, "system/ngc-api-key"),
     ],
 )
 def test_options_that_do_not_go_together_say_what_would(target: Target, options: dict[str, object], hint: str) -> None:

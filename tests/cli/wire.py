@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import select
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -42,13 +42,16 @@ class FakeWire:
 
     def __init__(self, port: int = 0) -> None:
         self.rows: dict[tuple[str, str, str], Json] = {}
+        self.versions: dict[tuple[str, str, str, int], Json] = {}
         self.asked: list[Asked] = []
         self.script: list[Json | threading.Event | None] = []
         self.answer: list[bytes | threading.Event | None] = []
         self.answer_type = "text/event-stream"
+        self.plan: Json = {"verdict": "starts", "reason": None, "hint": None}
         self.logs = b""
         self.log_end: threading.Event | None = None
         self.refuse: dict[tuple[str, str], Refusal] = {}
+        self.refuse_if: Callable[[Asked], Refusal | None] = lambda asked: None
         self.left: list[str] = []
         self.has_progress = True
         self.closing = threading.Event()
@@ -128,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
             for (verb, ending), refusal in self.wire.refuse.items():
                 if verb == method and asked.path.endswith(ending):
                     raise refusal
+            if refusal := self.wire.refuse_if(asked):
+                raise refusal
             self._route(asked)
         except Refusal as no:
             said = {"detail": no.detail} | ({"hint": no.hint} if no.hint else {})
@@ -137,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
         if asked.path.endswith("/chat/completions"):
             return self._stream(asked, self.wire.answer_type, self.wire.answer)
         parts = asked.path.strip("/").split("/")
+        if asked.path == "/apis/nimhost/v1/plan":
+            return self._json(200, self.wire.plan)
         if parts[:2] == ["apis", "entities"]:
             raise Refusal(404, "NotFound", "Not Found")
         _, _, _, _, workspace, kind, *rest = parts
@@ -146,6 +153,11 @@ class _Handler(BaseHTTPRequestHandler):
         row = self.wire.rows.get((kind, workspace, name))
         if name and row is None:
             raise Refusal(404, "NotFound", f"{KINDS[kind].label} '{workspace}/{name}' not found")
+        if action == "versions":
+            old = self.wire.versions.get((kind, workspace, name, int(rest[2])))
+            if old is None:
+                raise Refusal(404, "NotFound", "Not Found")
+            return self._json(200, old)
         if action == "logs":
             return self._stream(
                 asked,

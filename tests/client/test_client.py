@@ -247,3 +247,24 @@ def test_wait_survives_a_restart_of_the_daemon(wire: FakeWire, monkeypatch: pyte
 def test_wait_for_gone_is_over_at_404(wire: FakeWire) -> None:
     with Client() as client:
         assert client.deployments.wait("x1", "DELETED") is None
+
+
+def test_a_list_takes_the_largest_pages_there_are(wire: FakeWire) -> None:
+    with Client() as client:
+        client.filesets.list()
+        client.deployments.list(page_size="5")
+    assert [asked.query["page_size"] for asked in wire.asked] == ["100", "5"]
+
+
+def test_a_provider_of_another_workspace_is_asked_there(wire: FakeWire) -> None:
+    wire.put("providers", "up", workspace="team", status="READY", status_message="")
+    with Client() as client, pytest.raises(nimhost.NimhostError):
+        client.providers.ready("team/up")
+    assert wire.asked[-1].path == "/apis/inference-gateway/v2/workspaces/team/provider/up/ready"
+
+
+def test_a_deletion_can_be_tried(wire: FakeWire) -> None:
+    wire.put("models", "m1")
+    with Client() as client:
+        client.models.delete("m1", dry_run=True)
+        assert wire.asked[-1].query == {"dry_run": "true"}

@@ -79,3 +79,10 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     settings_path(env).write_text("base_url = ")
     with pytest.raises(ConfigError, match=r"client\.toml is not valid TOML"):
         load({}, env)
+
+
+@pytest.mark.parametrize("token", ["tökén", "a\nb", "a\x00"])
+def test_a_token_that_no_header_can_carry_is_a_wrong_setting(token: str) -> None:
+    with pytest.raises(ConfigError, match="access token") as caught:
+        resolve({}, {"NIMHOST_ACCESS_TOKEN": token}, {})
+    assert token not in str(caught.value)

@@ -1,0 +1,114 @@
+"""`nimhost requests`"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from datetime import datetime
+from typing import Any
+
+import click
+
+from nimhost.cli.options import (
+    address_options,
+    complete_names,
+    flag_given,
+    format_option,
+    open_client,
+    output_format,
+    settings,
+)
+from nimhost.cli.output import FORMATS, clean, print_table, print_value
+
+PATH = "/apis/nimhost/v1/requests"
+HEADERS = ("TIME", "STATUS", "PATH", "MODEL", "ADAPTER", "PROVIDER", "TOTAL", "FIRST BYTE", "TOKENS", "ID", "ERROR")
+WIDTHS = (8, 6, 20, 32, 0, 24, 9, 10, 12, 20)
+"""While following: columns cannot be fitted to what has not come yet; a model's name has that of its adapter in it."""
+
+
+@click.command()
+@click.option("--follow", is_flag=True, help="Keep printing what comes, until Ctrl-C.")
+@click.option("-n", "--limit", type=click.IntRange(0, 2000), default=20, show_default=True, help="How many at first.")
+@click.option("--model", metavar="NAME", shell_complete=complete_names("models"), help="Only those to this model.")
+@click.option(
+    "--provider",
+    metavar="NAME",
+    shell_complete=complete_names("providers"),
+    help="Only those that went to this provider or deployment.",
+)
+@click.option("--failed", is_flag=True, help="Only those that failed.")
+@format_option(*FORMATS)
+@address_options
+def requests(follow: bool, limit: int, model: str | None, provider: str | None, failed: bool) -> None:
+    """Show the last requests to models: who answered, how long it took, how many tokens, what went wrong.
+
+    The daemon remembers the last 2000, in memory. With --workspace only those of that workspace are shown.
+
+    \b
+    Examples:
+      nimhost requests --follow
+      nimhost requests --failed --model qwen-qwen3-1-7b
+      nimhost requests -f json | jq '.[] | select(.first_byte_ms > 1000) | .id'
+    """
+    from nimhost.client.streams import Records
+    from nimhost.client.wire import Request
+
+    workspace = settings().workspace if flag_given("workspace") else None
+    given = {"workspace": workspace, "limit": str(limit), "failed": str(failed), "model": model, "provider": provider}
+    query = {key: value for key, value in given.items() if value is not None}
+    with open_client() as client:
+        if follow:
+            asked = Request(path=PATH, query=query | {"follow": "true"}, quiet_s=math.inf)
+            stream: Any = client.stream(asked, Records)
+            with closing(stream) as records:
+                _print_as_they_come(records)
+            return
+        found = client.send(Request(path=PATH, query=query))
+    wanted = output_format(*FORMATS)
+    if wanted != "table":
+        print_value(found["data"], wanted)
+    elif found["data"]:
+        _print_all([_cells(one) for one in found["data"]])
+    else:
+        click.echo("There were no such requests. Ask a model: nimhost chat MODEL")
+
+
+def _print_all(rows: list[tuple[str, ...]]) -> None:
+    """Without a column for adapters where there are none."""
+    shown = [at for at, header in enumerate(HEADERS) if header != "ADAPTER" or any(row[at] != "-" for row in rows)]
+    print_table([HEADERS[at] for at in shown], [[row[at] for at in shown] for row in rows])
+
+
+def _print_as_they_come(records: Iterable[Any]) -> None:
+    wanted = output_format(*FORMATS)
+    if wanted == "table":
+        _print_row(HEADERS)
+    for one in records:
+        if wanted != "table":
+            print_value(one, "raw" if wanted == "json" else wanted)
+        elif "missed" in one:
+            click.echo(f"({one['missed']} more that came too fast)", err=True)
+        else:
+            _print_row(_cells(one))
+
+
+def _print_row(cells: Sequence[str]) -> None:
+    fixed = [clean(cell).ljust(width) for cell, width in zip(cells, WIDTHS, strict=False) if width]
+    click.echo("  ".join([*fixed, clean(cells[-1])]).rstrip())
+
+
+def _cells(one: Any) -> tuple[str, ...]:
+    at = datetime.fromisoformat(one["time"]).astimezone().strftime("%H:%M:%S")
+    tokens = "-" if one["completion_tokens"] is None else f"{one['prompt_tokens'] or '?'} > {one['completion_tokens']}"
+    return (
+        at, str(one["status"]), one["path"].rpartition("/-/")[2].removeprefix("/"), one["model"] or "-",
+        one["adapter"] or "-", one["provider"] or "-", _time(one["total_ms"]), _time(one["first_byte_ms"]), tokens,
+        one["id"], ": ".join(filter(None, (one["error"], one.get("error_message")))) or "-",
+    )  # fmt: skip
+
+
+def _time(ms: float | None) -> str:
+    if ms is None:
+        return "-"
+    return f"{ms:.0f} ms" if ms < 10_000 else f"{ms / 1000:.1f} s"
