@@ -42,6 +42,10 @@ http {{
   }}
 }}
 """
+HOW_TO_LITELLM = (
+    "It wants an environment of its own: python3 -m venv DIR && DIR/bin/pip install 'litellm[proxy]', "
+    "then --litellm DIR/bin/litellm"
+)
 LITELLM = """
 model_list:
   - model_name: default/bench
@@ -138,7 +142,7 @@ def running(command: list[str], port: int, timeout_s: float = 15.0, **env: str) 
 
 
 @contextmanager
-def proxies(engine: int, folder: Path) -> Iterator[list[Target]]:
+def proxies(engine: int, folder: Path, litellm: str | None) -> Iterator[list[Target]]:
     targets = [Target("direct", engine)]
     with ExitStack() as stack:
         port = free_port()
@@ -151,10 +155,10 @@ def proxies(engine: int, folder: Path) -> Iterator[list[Target]]:
             targets.append(Target("nginx", port, pid=stack.enter_context(running(command, port))))
         else:
             print("nginx is not installed: no comparison with it (apt-get install nginx-light)", file=sys.stderr)
-        if litellm := shutil.which("litellm"):
-            targets.append(stack.enter_context(litellm_running(litellm, engine, folder)))
+        if program := shutil.which(litellm or "litellm"):
+            targets.append(stack.enter_context(litellm_running(program, engine, folder)))
         else:
-            print("litellm is not on the PATH: no comparison with it", file=sys.stderr)
+            print(f"{litellm or 'litellm'} is not there: no comparison with it. {HOW_TO_LITELLM}", file=sys.stderr)
         yield targets
 
 
@@ -163,7 +167,7 @@ def litellm_running(program: str, engine: int, folder: Path) -> Iterator[Target]
     port, config, key = free_port(), folder / "litellm.yaml", f"sk-{secrets.token_hex(16)}"  # it wants one
     config.write_text(LITELLM.format(engine=engine))
     command = [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
-    with running(command, port, 120.0, LITELLM_MASTER_KEY=key) as pid:
+    with running(command, port, 120.0, LITELLM_MASTER_KEY=key, LITELLM_LOCAL_MODEL_COST_MAP="True") as pid:
         headers = {"authorization": f"Bearer {key}"}
         yield Target("litellm", port, exact=False, pid=pid, share=0.02, most_connections=128, headers=headers)
 
@@ -207,7 +211,7 @@ def measure(target: Target, load: Load) -> Round:
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     engine, chosen = free_port(), loads(args)
     with running([sys.executable, str(HERE / "bench_upstream.py"), str(engine)], engine), \
-            proxies(engine, folder) as targets:  # fmt: skip
+            proxies(engine, folder, args.litellm) as targets:  # fmt: skip
         pairs = [(load, target) for load in chosen for target in targets if load.connections <= target.most_connections]
         for load, target in pairs:  # warm
             few = Load(load.name, load.connections, max(load.requests // 10, 1), load.chunks and 5)
@@ -293,6 +297,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=10_000, help="requests a round at 32 connections")
     parser.add_argument("--only", nargs="*", help="loads whose name has one of these words")
+    parser.add_argument("--litellm", metavar="PROGRAM", default=os.environ.get("LITELLM"), help="where LiteLLM's is")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
