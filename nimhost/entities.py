@@ -11,13 +11,18 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
-from nimhost.runs import Run
+from nimhost.layers import LinearLayerSpec, MambaConfig, MoEConfig, SlidingWindowConfig
+from nimhost.refs import PROJECT
+from nimhost.runs import Run, Serving, Update
 from nimhost.sizes import MemorySpec
 
 Json = dict[str, Any]
 Text255 = Annotated[str, Meta(max_length=255)]
 Text1000 = Annotated[str, Meta(max_length=1000)]
 Text2048 = Annotated[str, Meta(max_length=2048)]
+UnixId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+# A request may say less than a row may have: the rule is in the API.
+ProjectPath = Annotated[str, Meta(max_length=255, extra_json_schema={"pattern": PROJECT})]
 
 # --- workspaces, secrets -------------------------------------------------------------------------------------------
 
@@ -100,40 +105,45 @@ class Fileset(Wish, frozen=True, kw_only=True):
 # --- models --------------------------------------------------------------------------------------------------------
 
 
-class MoEConfig(Wish, frozen=True, kw_only=True):
-    num_experts: int
-    num_experts_per_tok: int
-    num_expert_layers: int
-    expert_ffn_size: int | None = None
-    num_shared_experts: int = 0
-
-
-class MambaConfig(Wish, frozen=True, kw_only=True):
-    is_hybrid: bool
-    num_mamba_layers: int
-    num_attention_layers: int = 0
-    num_mlp_layers: int = 0
-    state_size: int = 16
-    conv_kernel: int = 4
-
-
-class SlidingWindowConfig(Wish, frozen=True, kw_only=True):
-    window_size: int
-
-
-class LinearLayerSpec(Wish, frozen=True, kw_only=True):
-    name: str
-    in_features: int
-    out_features: int
-
-
 class ToolCallConfig(Wish, frozen=True, kw_only=True):
     tool_call_parser: Text255 | None = None
     tool_call_plugin: Text255 | None = None
     auto_tool_choice: bool | None = None
 
 
-class ModelSpec(Wish, frozen=True, kw_only=True):
+class GivenSpec(Wish, frozen=True, kw_only=True):
+    """What a user says of a model: as much as he likes. Null is what he does not say."""
+
+    checkpoint_model_name: str | None = None
+    family: str | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_kv_heads: int | None = None
+    ffn_hidden_size: int | None = None
+    vocab_size: int | None = None
+    tied_embeddings: bool | None = None
+    gated_mlp: bool | None = None
+    base_num_parameters: int | None = None
+    precision: str | None = None
+    context_size: int | None = None
+    num_virtual_tokens: int | None = None
+    is_chat: bool | None = None
+    is_embedding_model: bool | None = None
+    moe_config: MoEConfig | None = None
+    mamba_config: MambaConfig | None = None
+    sliding_window_config: SlidingWindowConfig | None = None
+    linear_layers: list[LinearLayerSpec] | None = None
+    chat_template: str | None = None
+    tool_call_config: ToolCallConfig | None = None
+    minimum_gpus_all_weights: int | None = None
+    minimum_gpus_lora: int | None = None
+    memory: MemorySpec | None = None
+
+
+class ModelSpec(GivenSpec, frozen=True, kw_only=True):
+    """What a model is. All that every model has is there."""
+
     checkpoint_model_name: str
     family: str
     num_layers: int
@@ -146,19 +156,7 @@ class ModelSpec(Wish, frozen=True, kw_only=True):
     gated_mlp: bool
     base_num_parameters: int
     precision: str
-    context_size: int | None = None
-    num_virtual_tokens: int | None = None
-    is_chat: bool | None = None
     is_embedding_model: bool = False
-    moe_config: MoEConfig | None = None
-    mamba_config: MambaConfig | None = None
-    sliding_window_config: SlidingWindowConfig | None = None
-    linear_layers: list[LinearLayerSpec] | None = None
-    chat_template: str | None = None
-    tool_call_config: ToolCallConfig | None = None
-    minimum_gpus_all_weights: int | None = None
-    minimum_gpus_lora: int | None = None
-    memory: MemorySpec | None = None
 
 
 FinetuningType = Literal[
@@ -176,26 +174,18 @@ class ApiEndpoint(Wish, frozen=True, kw_only=True):
     format: str | None = None
 
 
-class InferenceParams(Struct, frozen=True, kw_only=True):
-    model: str | None = None
-    temperature: float | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    top_p: float | None = None
-    stop: list[str] | None = None
-
-
 class Prompt(Wish, frozen=True, kw_only=True):
     system_prompt: str | None = None
     icl_few_shot_examples: str | None = None
-    inference_params: InferenceParams | None = None
+    inference_params: Json | None = None
+    """Any: the contract leaves it free."""
     system_prompt_template: str | None = None
 
 
 class Model(Wish, frozen=True, kw_only=True):
-    project: str | None = None
+    project: ProjectPath | None = None
     description: Text1000 | None = None
-    spec: ModelSpec | None = None
+    spec: GivenSpec | None = None
     finetuning_type: FinetuningType | None = None
     fileset: str | None = None
     base_model: str | None = None
@@ -248,7 +238,7 @@ class VirtualModel(Wish, frozen=True, kw_only=True):
 
     default_model_entity: str | None = None
     autoprovisioned: bool = False
-    project: str | None = None
+    project: ProjectPath | None = None
     models: list[VirtualModelRoute] = []
     request_middleware: list[Json] = []
     response_middleware: list[Json] = []
@@ -281,8 +271,8 @@ class ExecutorConfig(Wish, frozen=True, kw_only=True):
     image_name: str | None = None
     image_tag: str | None = None
     health_check_path: str | None = None
-    run_as_user: int | None = None
-    run_as_group: int | None = None
+    run_as_user: UnixId | None = None
+    run_as_group: UnixId | None = None
     additional_envs: dict[str, str] | None = None
     additional_args: list[str] = []
     k8s_nim_operator_config: Json | None = None
@@ -293,7 +283,7 @@ class DeploymentConfig(Wish, frozen=True, kw_only=True):
     engine: Engine
     model_spec: DeployModelSpec
     executor_config: ExecutorConfig
-    project: str | None = None
+    project: ProjectPath | None = None
     description: Text1000 | None = None
     model_entity_id: Text255 | None = None
 
@@ -301,7 +291,7 @@ class DeploymentConfig(Wish, frozen=True, kw_only=True):
 class Deployment(Wish, frozen=True, kw_only=True):
     config: str
     config_version: int | None = None
-    project: str | None = None
+    project: ProjectPath | None = None
     desired: Literal["running", "stopped"] = "running"
     force: bool = False
     """Start it although the preflight says that it cannot work."""
@@ -325,6 +315,8 @@ class DeploymentStatus(Struct, frozen=True, kw_only=True):
     status_message: str = "Deployment created"
     status_history: list[HistoryEntry] = []
     model_provider_id: str | None = None
+    update: Update | None = None
+    serving: Serving | None = None
     run: Run = Run()
 
     def moved(self, status: Status, message: str, time: str) -> DeploymentStatus:
@@ -348,13 +340,16 @@ class Provider(Wish, frozen=True, kw_only=True):
     required_extra_headers: dict[str, str] | None = None
     model_deployment_id: Text255 | None = None
     auth_header_format: Annotated[str, Meta(max_length=1024)] | None = None
-    project: str | None = None
+    project: ProjectPath | None = None
     description: Text1000 | None = None
 
 
 class ServedModel(Struct, frozen=True):
     model_entity_id: str
     served_model_name: str
+
+
+NO_KEY = "No key yet: "  # begins the message of a provider whose secret does not exist: nothing has failed
 
 
 class ProviderStatus(Struct, frozen=True, kw_only=True):

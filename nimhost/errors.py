@@ -18,6 +18,7 @@ Every error has a `message` (what happened and why) and, where something can be 
     │   ├── ProviderRefused        it refused the key that nimhost sent
     │   └── Unreachable            said by the client: no nimhost answers at the address
     ├── UpstreamTimeout       504
+    ├── RequestLoop           508  it has come back to the nimhost that sent it on
     ├── NotSupported          501  whoever would have to do it cannot
     ├── HostError             500  the machine said no
     │   ├── DockerUnavailable 503
@@ -142,6 +143,10 @@ class UpstreamTimeout(NimhostError):
     final = False
 
 
+class RequestLoop(NimhostError):
+    pass
+
+
 class NotSupported(NimhostError):
     pass
 
@@ -231,6 +236,7 @@ STATUS: dict[type[NimhostError], int] = {
     NotReady: 503,
     UpstreamError: 502,
     UpstreamTimeout: 504,
+    RequestLoop: 508,
     NotSupported: 501,
     DockerUnavailable: 503,
     DiskFull: 507,

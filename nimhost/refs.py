@@ -12,6 +12,8 @@ NAME_RULE = (
     "2 to 63 characters: letters, digits, '-', '_' and '.'; it starts with a letter or digit, "
     "has no '--' and does not end with '-'"
 )
+PROJECT = r"^[A-Za-z0-9_./-]+$"
+"""What a request may call a project."""
 _NAME = re.compile(r"[A-Za-z0-9](?!.*--)[A-Za-z0-9._-]{1,62}(?<!-)")
 ALL_WORKSPACES = "-"
 DEFAULT_WORKSPACE = "default"
@@ -74,3 +76,9 @@ def slug(text: str, workspace: str = "") -> str:
 def adapter_served_name(adapter: Ref) -> str:
     """What an engine calls an adapter: `workspace--name`. Names have no '--', so this can be taken apart again."""
     return f"{adapter.workspace}--{adapter.name}"
+
+
+def is_adapter_name(text: str) -> bool:
+    """Whether it is the served name of an adapter."""
+    workspace, dashes, name = text.partition("--")
+    return bool(dashes) and is_name(workspace) and is_name(name)

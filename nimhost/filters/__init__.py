@@ -23,6 +23,9 @@ from nimhost.kinds import Kind
 Op = Literal["eq", "like", "lt", "lte", "gt", "gte", "in", "nin", "exists"]
 OPS = frozenset(get_args(Op))
 COLUMNS = ("id", "name", "workspace", "created_at", "updated_at")
+ENTITY_TYPE = "entity_type"
+EVERYWHERE = (*COLUMNS, ENTITY_TYPE, "project")
+"""Fields that every kind can be filtered by, whether or not it has them."""
 TIMES = ("created_at", "updated_at")
 DATA = "data."
 """Begins a path into what the client set: `data.executor_config.gpu`."""
@@ -48,7 +51,7 @@ EVERYTHING = Group("and", ())
 
 
 def valid_fields(kind: Kind) -> list[str]:
-    return sorted({*COLUMNS, *kind.filterable})
+    return sorted({*EVERYWHERE, *kind.filterable})
 
 
 def parse_filter(query: Iterable[tuple[str, str]], kind: Kind) -> tuple[Filter, dict[str, Any] | None]:
@@ -79,6 +82,8 @@ def names_field(filter: Filter, field: str) -> bool:
 def _from_json(text: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
+    except RecursionError as e:
+        raise BadRequest("The filter is nested too deeply.") from e
     except msgspec.DecodeError as e:
         raise BadRequest(
             f"The filter cannot be read: {e}",
@@ -142,7 +147,7 @@ def _compare(field: str, value: object, kind: Kind) -> list[Filter]:
 
 
 def _is_valid(field: str, kind: Kind) -> bool:
-    if field in COLUMNS or field in kind.filterable or field in kind.nested.values():
+    if field in EVERYWHERE or field in kind.filterable or field in kind.nested.values():
         return True
     parts = field.split(".")
     return (
@@ -168,7 +173,8 @@ def _operation(field: str, op: str, value: object, kind: Kind, depth: int) -> Fi
         inner = [_operation(field, k.removeprefix("$"), v, kind, depth + 1) for k, v in items]
         return Group("not", tuple(inner) or (_equal(field, value, kind),))
     if op not in OPS:
-        raise BadRequest(f"Unknown filter operator '${op[:100]}' for '{field}'. Known: {sorted(OPS | {'not'})}")
+        known = ", ".join(sorted(OPS | {"not"}))
+        raise BadRequest(f"Unknown filter operator '${op[:100]}' for '{field}'. Known: {known}")
     if op == "eq":
         return _equal(field, value, kind)
     if field in kind.related and op != "exists":

@@ -6,12 +6,11 @@ from typing import Any
 
 from msgspec.structs import fields as struct_fields
 
-from nimhost.filters import COLUMNS, DATA, Compare, Filter
+from nimhost.filters import COLUMNS, DATA, ENTITY_TYPE, Compare, Filter
 from nimhost.kinds import Kind
 
 _SQL_OPS = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _YES = (True, "true", "1", 1)
-_OF_MODEL = "json_extract(r.wish, '{path}') = entities.workspace || '/' || entities.name"
 _RELATED = {
     "adapters": ("adapters", "$.model", None),
     "adapters.finetuning_type": ("adapters", "$.model", "$.finetuning_type"),
@@ -43,6 +42,8 @@ def column_of(field: str, kind: Kind) -> tuple[str, list[Any]]:
     """The SQL that reads a field, and the parameters it needs."""
     if field in COLUMNS:
         return field, []
+    if field == ENTITY_TYPE:
+        return "?", [kind.id_prefix.replace("-", "_")]
     if field.startswith(DATA):
         return "json_extract(wish, ?)", ["$" + "".join(f'."{part}"' for part in field.split(".")[1:])]
     in_status = field in {f.name for f in struct_fields(kind.status)}
@@ -72,11 +73,14 @@ def _compare_sql(filter: Compare, kind: Kind) -> tuple[str, list[Any]]:
 
 def _related_sql(filter: Compare) -> tuple[str, list[Any]]:
     kind, path, compared = _RELATED[filter.field]
-    rows = f"SELECT 1 FROM entities r WHERE r.kind = '{kind}' AND {_OF_MODEL.format(path=path)}"
+    named = f"json_extract(r.wish, '{path}')"
+    # It depends on no row of the outside, so that it is read once, not once for each model.
+    rows = f"SELECT {named} FROM entities r WHERE r.kind = '{kind}' AND {named} IS NOT NULL"
+    model = "entities.workspace || '/' || entities.name"
     if filter.field == "adapters.finetuning_type":
-        return f"EXISTS ({rows} AND json_extract(r.wish, '{compared}') = ?)", [_text(filter.value)]
+        return f"{model} IN ({rows} AND json_extract(r.wish, '{compared}') = ?)", [_text(filter.value)]
     also = f" AND json_extract(r.wish, '{compared}')" if compared else ""
-    return f"{'' if filter.value in _YES else 'NOT '}EXISTS ({rows}{also})", []
+    return f"{model} {'' if filter.value in _YES else 'NOT '}IN ({rows}{also})", []
 
 
 def _text(value: object) -> str:

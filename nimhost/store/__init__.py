@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import aiosqlite
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -24,10 +23,23 @@ from nimhost.filters.sql import order_by, to_sql
 from nimhost.kinds import KINDS
 from nimhost.refs import DEFAULT_WORKSPACE, SYSTEM_WORKSPACE, Ref
 from nimhost.store.memory import Rows
-from nimhost.store.rows import COLUMNS, Transaction, find_row, found, now, read_adapters, read_rows, to_entity
+from nimhost.store.rows import (
+    COLUMNS,
+    Transaction,
+    decoded,
+    find_row,
+    found,
+    is_readable,
+    now,
+    read_adapters,
+    read_rows,
+    read_unreadable,
+    readable,
+    to_entity,
+)
 from nimhost.store.schema import connect, open_database, starting, translated
 
-__all__ = ["Store", "Transaction", "now"]
+__all__ = ["Store", "Transaction", "is_readable", "now"]
 
 
 class Store:
@@ -73,14 +85,15 @@ class Store:
             await self._db.close()
 
     async def find(self, kind: str, workspace: str, name: str) -> Entity | None:
+        """Raises HostError for one that cannot be read."""
         with translated():
-            return await find_row(self._reader, kind, workspace, name)
+            return readable(await find_row(self._reader, kind, workspace, name))
 
     async def get(self, kind: str, workspace: str, name: str) -> Entity:
         return found(await self.find(kind, workspace, name), KINDS[kind], workspace, name)
 
     async def all(self, kind: str) -> list[Entity]:
-        """Of every workspace, the oldest first."""
+        """Of every workspace, the oldest first. What cannot be read is left out, and stays as it is."""
         return list((await self.by_ref(kind)).values())
 
     async def by_ref(self, kind: str) -> dict[Ref, Entity]:
@@ -108,7 +121,8 @@ class Store:
     ) -> tuple[list[Entity], int]:
         """One page (numbered from 1) and the number of all that match; `workspace` None: of every workspace.
 
-        `all_versions`: every version is an entity of its own, with the current status.
+        `all_versions`: every version is an entity of its own, with the current status. What cannot be read is among
+        them: `is_readable` tells.
         """
         source = f"{'all_versions' if all_versions else KINDS[kind].source} AS entities"
         condition, params = to_sql(filter, KINDS[kind])
@@ -124,6 +138,11 @@ class Store:
                 return [], next(iter(await self._reader.execute_fetchall(count, params)))[0]
         return [to_entity(row[:-1]) for row in rows], rows[0][-1]
 
+    async def unreadable(self, kind: str) -> list[Entity]:
+        """What is stored of a kind and cannot be read."""
+        with translated():
+            return await read_unreadable(self._reader, "kind", kind)
+
     async def adapters_of(self, models: Sequence[str]) -> list[Entity]:
         """The adapters, of whatever workspace, of these models (`workspace/name`), the oldest first."""
         with translated():
@@ -137,16 +156,16 @@ class Store:
         return wanted[0]
 
     async def versions(self, kind: str, workspace: str, name: str) -> list[Entity]:
-        """Every version, the newest first. The status is the current one. Raises NotFound."""
+        """Every version that can be read, the newest first. The status is the current one. Raises NotFound."""
         entity = await self.get(kind, workspace, name)
         with translated():
             rows = await self._reader.execute_fetchall(
                 "SELECT version, wish, created_at FROM versions WHERE entity_id = ? ORDER BY version DESC", (entity.id,)
             )
-        wish = KINDS[kind].wish
         return [
-            replace(entity, version=number, wish=msgspec.json.decode(text, type=wish), updated_at=time)
+            replace(entity, version=number, wish=wish, updated_at=time)
             for number, text, time in rows
+            if (wish := decoded(text, KINDS[kind].wish, entity.ref)) is not None
         ]
 
     async def current_versions(self, kind: str, refs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
@@ -205,6 +224,10 @@ class Store:
         except Conflict:
             return False
         return True
+
+    def wake(self) -> None:
+        """Has the reconciler look at what is no wish: a status that somebody else wrote."""
+        self.changed.set()
 
     async def wait_change(self, seen: int) -> int:
         """Returns the current `revision` as soon as it is another than `seen`: read `revision`, read rows, wait."""

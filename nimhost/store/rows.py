@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -14,10 +15,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from nimhost.entities import Entity, Wish
-from nimhost.errors import Conflict
+from nimhost.errors import Conflict, HostError
 from nimhost.kinds import KINDS, Kind
 from nimhost.refs import Ref
 from nimhost.store.memory import WHOLE, Rows, Write, after
+
+log = logging.getLogger(__name__)
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 COLUMNS = "kind, workspace, name, id, generation, version, wish, status, created_at, updated_at"
@@ -38,13 +41,46 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{text.rjust(22, '1')}"
 
 
-def _json(value: object) -> str:
-    return msgspec.json.encode(value).decode()
+class Unreadable(Struct, frozen=True):
+    """Stands for a wish that is stored, but is none of its kind. Its row can be listed and deleted, and that is all."""
+
+    problem: str
+
+
+def is_readable(entity: Entity) -> bool:
+    return not isinstance(entity.wish, Unreadable)
+
+
+def readable(entity: Entity | None) -> Entity | None:
+    """Raises HostError for an entity that cannot be read."""
+    if entity is None or is_readable(entity):
+        return entity
+    kind = KINDS[entity.kind]
+    where = f" --workspace {entity.workspace}" if entity.workspace else ""
+    raise HostError(
+        f"{kind.label} '{entity.ref.removeprefix('/')}' cannot be read: {entity.wish.problem}.",
+        f"Delete it, and make it again: nimhost {kind.cli} delete {entity.name}{where}",
+    )
+
+
+def _text(entity: Entity, value: Struct) -> str:
+    """Raises HostError for what could not be read again: nothing else has checked the types of its fields."""
+    text = msgspec.json.encode(value)
+    try:
+        msgspec.json.decode(text, type=type(value))
+    except ValueError as error:
+        raise HostError(
+            f"{KINDS[entity.kind].label} '{entity.ref}' is not stored, because it could not be read again: {error}.",
+            "This is a fault of nimhost. Nothing was changed; please report it.",
+        ) from error
+    return text.decode()
 
 
 def to_entity(row: Row) -> Entity:
+    """Its wish is Unreadable where it cannot be read. A status that cannot is as if nothing were known: it is found
+    out again."""
     kind, workspace, name, id_, generation, version, wish, status, created_at, updated_at = row
-    types = KINDS[kind]
+    types, ref = KINDS[kind], f"{workspace}/{name}"
     return Entity(
         kind=kind,
         workspace=workspace,
@@ -52,11 +88,20 @@ def to_entity(row: Row) -> Entity:
         id=id_,
         generation=generation,
         version=version,
-        wish=msgspec.json.decode(wish, type=types.wish),
-        status=msgspec.json.decode(status, type=types.status),
+        wish=decoded(wish, types.wish, ref) or Unreadable(f"what is stored is no {types.label.lower()}"),
+        status=decoded(status, types.status, ref) or types.status(),
         created_at=created_at,
         updated_at=updated_at,
     )
+
+
+def decoded(text: str, type: type[Struct], ref: str) -> Struct | None:
+    """What is stored of `ref`; None, and a line in the log, where it is none of its kind."""
+    try:
+        return msgspec.json.decode(text, type=type)
+    except (ValueError, RecursionError) as error:
+        log.error("the stored %s of %s cannot be read: %s", type.__name__, ref, error)
+        return None
 
 
 async def find_row(db: aiosqlite.Connection, kind: str, workspace: str, name: str) -> Entity | None:
@@ -68,14 +113,15 @@ async def find_row(db: aiosqlite.Connection, kind: str, workspace: str, name: st
 
 
 async def read_rows(db: aiosqlite.Connection, kind: str) -> dict[Ref, Entity]:
-    """All of a kind, the oldest first. Others run meanwhile, however many there are."""
+    """All of a kind that can be read, the oldest first. Others run meanwhile, however many there are."""
     rows = await db.execute_fetchall(
         f"SELECT {COLUMNS} FROM entities WHERE kind = ? ORDER BY created_at, rowid", (kind,)
     )
     found = {}
     for number, row in enumerate(rows, start=1):
         entity = to_entity(row)
-        found[Ref(entity.workspace, entity.name)] = entity
+        if is_readable(entity):
+            found[Ref(entity.workspace, entity.name)] = entity
         if number % ROWS_AT_ONCE == 0:
             await asyncio.sleep(0)
     return found
@@ -89,7 +135,13 @@ async def read_adapters(db: aiosqlite.Connection, models: Sequence[str]) -> list
         " ORDER BY created_at, rowid",
         models,
     )
-    return [to_entity(row) for row in rows]
+    return [entity for row in rows if is_readable(entity := to_entity(row))]
+
+
+async def read_unreadable(db: aiosqlite.Connection, column: str, value: str) -> list[Entity]:
+    """The rows with that in that column which cannot be read."""
+    rows = await db.execute_fetchall(f"SELECT {COLUMNS} FROM entities WHERE {column} = ?", (value,))
+    return [entity for row in rows if not is_readable(entity := to_entity(row))]
 
 
 class Transaction:
@@ -107,7 +159,15 @@ class Transaction:
         """Called when it is committed, before anybody else can write."""
 
     async def find(self, kind: str, workspace: str, name: str) -> Entity | None:
-        return await find_row(self._db, kind, workspace, name)
+        """Raises HostError for one that cannot be read."""
+        return readable(await find_row(self._db, kind, workspace, name))
+
+    async def find_unreadable(self, kind: str, workspace: str, name: str) -> Entity | None:
+        entity = await find_row(self._db, kind, workspace, name)
+        return None if entity is None or is_readable(entity) else entity
+
+    async def unreadable_in(self, workspace: str) -> list[Entity]:
+        return await read_unreadable(self._db, "workspace", workspace)
 
     async def get(self, kind: str, workspace: str, name: str) -> Entity:
         return found(await self.find(kind, workspace, name), KINDS[kind], workspace, name)
@@ -141,7 +201,7 @@ class Transaction:
         )
         await self._db.execute(
             f"INSERT INTO entities ({COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)",
-            (kind, workspace, name, id_, 1, 1, _json(wish), _json(status), time, time),
+            (kind, workspace, name, id_, 1, 1, _text(entity, wish), _text(entity, status), time, time),
         )
         await self._keep_version(entity)
         self._wished(entity, WHOLE)
@@ -161,9 +221,10 @@ class Transaction:
             version=entity.version + new_version,
             updated_at=now(),
         )
+        text = _text(entity, wish)
         done = await self._db.execute(
             "UPDATE entities SET wish=?, generation=?, version=?, updated_at=? WHERE id=? AND generation=?",
-            (_json(wish), changed.generation, changed.version, changed.updated_at, entity.id, entity.generation),
+            (text, changed.generation, changed.version, changed.updated_at, entity.id, entity.generation),
         )
         if not done.rowcount:
             raise _overtaken(entity)
@@ -173,7 +234,7 @@ class Transaction:
 
     async def rewrite_wish(self, entity: Entity, wish: Wish) -> None:
         """Stores the same wish in another form: it is no change, and nobody is woken."""
-        await self._db.execute("UPDATE entities SET wish=? WHERE id=?", (_json(wish), entity.id))
+        await self._db.execute("UPDATE entities SET wish=? WHERE id=?", (_text(entity, wish), entity.id))
         self.writes.append(Write(replace(entity, wish=wish), ("wish",)))
         self.wrote = True
 
@@ -182,7 +243,7 @@ class Transaction:
         changed = replace(entity, status=status, updated_at=now())
         done = await self._db.execute(
             "UPDATE entities SET status=?, updated_at=? WHERE id=? AND generation=?",
-            (_json(status), changed.updated_at, entity.id, entity.generation),
+            (_text(entity, status), changed.updated_at, entity.id, entity.generation),
         )
         if not done.rowcount:
             raise _overtaken(entity)
@@ -223,7 +284,7 @@ class Transaction:
         if KINDS[entity.kind].versioned:
             await self._db.execute(
                 "INSERT OR REPLACE INTO versions VALUES (?,?,?,?)",
-                (entity.id, entity.version, _json(entity.wish), entity.updated_at),
+                (entity.id, entity.version, _text(entity, entity.wish), entity.updated_at),
             )
 
 
