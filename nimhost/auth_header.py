@@ -18,6 +18,11 @@ DEFAULT_FORMAT = "Authorization: Bearer {{ auth_secret }}"
 VARIABLE = "auth_secret"
 _ALLOWED = (nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Filter, nodes.Const, nodes.Keyword)
 _ONE_VARIABLE = f"auth_header_format must contain exactly one Jinja2 variable named '{VARIABLE}'"
+NOT_SETTABLE = frozenset(
+    {"host", "content-length", "transfer-encoding", "connection", "keep-alive", "proxy-connection",
+     "proxy-authenticate", "proxy-authorization", "te", "trailer", "trailers", "upgrade", "expect", "x-nimhost-hop"}
+)  # fmt: skip
+"""Names (in lower case) of what a request is framed and led with: who sets them can make two requests out of one."""
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _ENVIRONMENT = ImmutableSandboxedEnvironment(autoescape=False)
 
@@ -67,6 +72,8 @@ def _problem(template: str) -> str | None:
     name, _, value = text.partition(": ")
     if not _HEADER_NAME.fullmatch(name) or not value.strip() or "\n" in text or "\r" in text:
         return "auth_header_format must render to '<Header-Name>: <Header-Value>'"
+    if name.lower() in NOT_SETTABLE:
+        return f"auth_header_format must not set the header {name}: nimhost sets it itself"
     return None
 
 

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
 from nimhost.errors import ConfigError
 from nimhost.tokens import hash_entry
 
 Json = dict[str, Any]
+ALL = "See nimhost.toml.example for every setting."
+Size = Annotated[float, Meta(ge=0)]
+"""Of memory, or of time: never less than nothing."""
 
 
 class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,29 +31,29 @@ class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 class Server(Table, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
-    port: int = 8080
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     data_dir: str = ""
     allowed_hosts: list[str] = []
     allowed_origins: list[str] = []
     api_tokens: list[str] = []
-    drain_timeout_s: float = 30.0
+    drain_timeout_s: Size = 30.0
 
 
 class Docker(Table, frozen=True, kw_only=True):
     host: str = ""
-    shm_gib: float = 16.0
+    shm_gib: Size = 16.0
     ulimits: dict[str, int] = {}
-    stop_timeout_s: int = 10
-    pull_stall_timeout_s: float = 120.0
+    stop_timeout_s: Annotated[int, Meta(ge=0)] = 10
+    pull_stall_timeout_s: Size = 120.0
 
 
 class SimulatedGpu(Table, frozen=True, kw_only=True):
     name: str
-    memory_gib: float
+    memory_gib: Annotated[float, Meta(gt=0)]
     uuid: str = ""
     driver: str = ""
     cuda: str = ""
-    used_gib: float = 0.0
+    used_gib: Size = 0.0
     processes: list[Json] = []
     links: dict[str, str] = {}
 
@@ -60,7 +64,7 @@ class Gpus(Table, frozen=True, kw_only=True):
 
 
 class Image(Table, frozen=True, kw_only=True):
-    image: str
+    image: Annotated[str, Meta(pattern=r"\S")]
 
 
 class Engines(Table, frozen=True, kw_only=True):
@@ -75,18 +79,20 @@ class Weights(Table, frozen=True, kw_only=True):
 
 
 class Deployments(Table, frozen=True, kw_only=True):
-    start_timeout_s: float = 7200.0
-    start_limit: int = 3
-    restart_limit: int = 5
-    restart_backoff_s: float = 2.0
-    unhealthy_restart_s: float = 120.0
+    start_timeout_s: Size = 7200.0
+    start_limit: Annotated[int, Meta(ge=0)] = 3
+    restart_limit: Annotated[int, Meta(ge=0)] = 5
+    restart_backoff_s: Size = 2.0
+    unhealthy_restart_s: Size = 120.0
+    drain_timeout_s: Size = 60.0
 
 
 class Gateway(Table, frozen=True, kw_only=True):
-    connect_timeout_s: float = 5.0
-    first_byte_timeout_s: float = 600.0
-    idle_timeout_s: float = 300.0
+    connect_timeout_s: Size = 5.0
+    first_byte_timeout_s: Size = 600.0
+    idle_timeout_s: Size = 300.0
     keepalive_comments: bool = False
+    log_bodies: bool = False
 
 
 class ToolCallPlugin(Table, frozen=True, kw_only=True):
@@ -126,20 +132,18 @@ def load(
     Raises ConfigError, which names the file or variable at fault.
     """
     env = os.environ if env is None else env
-    tree: Json = {}
     path = find_file(config_file, env)
-    if path is not None:
-        _merge(tree, _read(path), str(path))
-    for source, keys, value in _from_env(env):
-        _put(tree, keys, value, source)
+    tree = _read(path) if path is not None else {}
+    given = _from_env(env)
     for name, value in (overrides or {}).items():
         if value is not None:
-            _put(tree, name.split("."), value, f"--{name.rpartition('.')[2].replace('_', '-')}")
+            given.append((f"--{name.rpartition('.')[2].replace('_', '-')}", name.split("."), value))
+    for source, keys, value in given:
+        _put(tree, keys, value, source)
     try:
         return msgspec.convert(tree, Settings)
     except msgspec.ValidationError as error:
-        origin = str(path) if path else "the environment or flags"
-        raise ConfigError(f"Settings are wrong: {_plain(error)} (from {origin})", _nearest(str(error))) from None
+        raise _explain(str(error), {".".join(keys): source for source, keys, _ in given}, path) from None
 
 
 def find_file(config_file: str | None, env: Mapping[str, str]) -> Path | None:
@@ -173,9 +177,15 @@ CLIENT_VARIABLES = frozenset({"NIMHOST_BASE_URL", "NIMHOST_WORKSPACE", "NIMHOST_
 
 
 def _from_env(env: Mapping[str, str]) -> list[tuple[str, list[str], object]]:
-    """`NIMHOST_GATEWAY__IDLE_TIMEOUT_S=60`: a TOML value, or a raw string where a string is wanted."""
+    """`NIMHOST_GATEWAY__IDLE_TIMEOUT_S=60`: a TOML value, or a raw string where a string is wanted.
+
+    Raises ConfigError for the name of a setting that is spelt with single underscores.
+    """
     found = []
+    flat = {name.replace("__", "_"): name for name in map(_variable, _all_settings(Settings))}
     for name, text in sorted(env.items()):
+        if (meant := flat.get(name, name)) != name:
+            raise ConfigError(f"The environment variable {name} is not a setting.", f"Did you mean {meant}?")
         if name.startswith("NIMHOST_") and "__" in name and name not in CLIENT_VARIABLES:
             keys = name.removeprefix("NIMHOST_").lower().split("__")
             value = text if _type_at(keys) is str else _toml_value(text)
@@ -192,7 +202,7 @@ def _type_at(keys: list[str]) -> object:
         if not (isinstance(current, type) and issubclass(current, Struct)):
             return None
         current = {f.name: f.type for f in msgspec.structs.fields(current)}.get(key)
-    return current
+    return get_args(current)[0] if get_origin(current) is Annotated else current
 
 
 def _toml_value(text: str) -> object:
@@ -209,14 +219,6 @@ def _read(path: Path) -> Json:
         raise ConfigError(f"Cannot read settings from {path}: {error}") from None
 
 
-def _merge(tree: Json, more: Json, source: str) -> None:
-    for key, value in more.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value, source)
-        else:
-            tree[key] = value
-
-
 def _put(tree: Json, keys: list[str], value: object, source: str) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
@@ -225,23 +227,68 @@ def _put(tree: Json, keys: list[str], value: object, source: str) -> None:
     tree[keys[-1]] = value
 
 
-def _plain(error: msgspec.ValidationError) -> str:
-    return str(error).replace("`$.", "`").replace("Object contains unknown field", "there is no setting")
+def _explain(message: str, sources: Mapping[str, str], path: Path | None) -> ConfigError:
+    """What msgspec says about the settings, with where that was set and the nearest name for one that does not exist.
+
+    `sources`: `table.key` -> the variable or flag that set it; everything else is from the file.
+    """
+    text, _, place = message.partition(" - at `$")
+    keys = [key.partition("[")[0] for key in place.removesuffix("`").split(".") if key]
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", text)
+    if unknown:
+        keys.append(unknown[1])
+    where = ".".join(keys)
+    setting, source = next((item for item in sources.items() if _is_about(item[0], where)), ("", ""))
+    hint = None
+    if unknown:
+        table = f" in [{'.'.join(keys[:-1])}]" if keys[:-1] else ""
+        text = f"there is no setting `{keys[-1]}`{table}"
+        meant = _nearest(keys)
+        hint = f"Did you mean {_in_source(meant, setting, source, where)}?" if meant else ALL
+    elif keys:
+        text = f"{text} - at `{where}`"
+    return ConfigError(f"Settings are wrong: {text} (from {source or path or 'the environment or flags'})", hint)
 
 
-def _nearest(message: str) -> str | None:
-    """A hint for a misspelt setting."""
-    if "unknown field" not in message:
-        return None
-    wrong = message.split("`")[1]
-    near = difflib.get_close_matches(wrong, _all_keys(Settings), n=1)
-    return f"Did you mean '{near[0]}'?" if near else "See nimhost.toml.example for every setting."
+def _in_source(meant: str, setting: str, source: str, where: str) -> str:
+    """The name that was meant for `where`, as it is written there: `setting` is what `source` sets, and may hold it."""
+    if not source.startswith("NIMHOST_"):
+        return repr(meant)
+    if where.startswith(f"{setting}."):
+        return f"{meant.removeprefix(f'{setting}.')!r} in {source}"
+    return _variable(setting.replace(where, meant, 1))
 
 
-def _all_keys(cls: type[Struct]) -> list[str]:
-    keys = []
+def _is_about(setting: str, where: str) -> bool:
+    """One of the two is the other, or holds it."""
+    return f"{where}.".startswith(f"{setting}.") or f"{setting}.".startswith(f"{where}.")
+
+
+def _nearest(keys: list[str]) -> str | None:
+    """The setting or table that a misspelt one could be: of its own table, else of all."""
+    *table, wrong = keys
+    known = [name.split(".") for name in _all_settings(Settings)]
+    depth = len(keys)
+    siblings = {name[depth - 1]: name[:depth] for name in known if name[: depth - 1] == table and len(name) >= depth}
+    anywhere = {name[-1]: name for name in known}
+    for names in (siblings, anywhere):
+        if near := difflib.get_close_matches(wrong, names, n=1):
+            return ".".join(names[near[0]])
+    return None
+
+
+def _variable(name: str) -> str:
+    """`server.port` as a variable of the environment."""
+    return f"NIMHOST_{name.replace('.', '__').upper()}"
+
+
+def _all_settings(cls: type[Struct], table: str = "") -> list[str]:
+    """`table.key` of every setting, and of what stands in a list of tables."""
+    names = []
     for f in msgspec.structs.fields(cls):
-        keys.append(f.name)
-        if isinstance(f.type, type) and issubclass(f.type, Struct):
-            keys += _all_keys(f.type)
-    return keys
+        inner = next((t for t in (f.type, *get_args(f.type)) if isinstance(t, type) and issubclass(t, Struct)), None)
+        if inner is None or inner is not f.type:
+            names.append(f"{table}{f.name}")
+        if inner is not None:
+            names += _all_settings(inner, f"{table}{f.name}.")
+    return names

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import uvloop
@@ -21,24 +20,30 @@ from nimhost.api.app import control_plane, entry
 from nimhost.api.parts import Parts
 from nimhost.api.rotation import sealed_in, sealed_rows
 from nimhost.config import Settings, data_dir, load, ngc_api_key
+from nimhost.deployments.adapter_copies import AdapterCopies
+from nimhost.deployments.adapters import wanted_adapters
 from nimhost.deployments.discovery import Discovery, Question
 from nimhost.deployments.execute import Executor
 from nimhost.deployments.filesets import Filesets
+from nimhost.deployments.loading import Loader
 from nimhost.deployments.observe import Observer
 from nimhost.deployments.observed import Observed
-from nimhost.deployments.plan import Verdict
 from nimhost.deployments.preview import Previews
 from nimhost.deployments.probe import Prober
 from nimhost.deployments.reconciler import Reconciler
 from nimhost.deployments.resolve import Resolver
 from nimhost.deployments.retry import Limits
-from nimhost.deployments.routing import Key, provider_key, route_table
+from nimhost.deployments.routing import Key, not_looked_at, provider_key, route_table
+from nimhost.deployments.situation import Verdict
 from nimhost.deployments.specs import Specs
+from nimhost.deployments.weights_stock import Stock
 from nimhost.engines.order import HostFacts
 from nimhost.entities import Entity
 from nimhost.errors import ConfigError, NimhostError, NotFound
 from nimhost.gateway.memory import settle
 from nimhost.gateway.proxy import Gateway
+from nimhost.gateway.routes import HOP
+from nimhost.host.adapter_files import AdapterFiles
 from nimhost.host.containers import Containers, DockerContainers
 from nimhost.host.files import FileStorage
 from nimhost.host.gpus import Gpus, NvmlGpus, SimulatedGpus
@@ -50,11 +55,11 @@ from nimhost.kinds import KINDS
 from nimhost.listening import Server, listen
 from nimhost.loopwatch import watching
 from nimhost.refs import NGC_KEY, Ref
-from nimhost.startup import seed, sweep_files
+from nimhost.startup import preload, seed, sweep_container_files, sweep_files
 from nimhost.store import Store, now
 from nimhost.store.tokens import insert_token, stored_tokens
 from nimhost.tokens import RANDOM_BYTES, Scope, Token, parse_entries, remember, spell
-from nimhost.view import View
+from nimhost.view import View, findings
 
 log = logging.getLogger(__name__)
 
@@ -81,21 +86,10 @@ class Daemon:
         self.gateway = Gateway(settings.gateway)
         self.containers = containers
         self.gpus = gpus
-        cache_dir = Path(settings.weights.cache_dir).expanduser() if settings.weights.cache_dir else None
-        self.weights = Weights(
-            cache_dir or cache_dir_from(os.environ), settings.weights.endpoint, settings.weights.offline
-        )
+        self.weights = weights_of(settings)
         self.prober = Prober(self._wake)
         self.discovery = Discovery(store, self._wake)
-        self.observer = Observer(
-            containers=self.containers,
-            gpus=self.gpus,
-            devices=settings.gpus.devices,
-            weights=self.weights,
-            prober=self.prober,
-            owner=store.owner,
-            files_root=self.files.root,
-        )
+        self.observer = self._make_observer()
         filesets = Filesets(self.weights, self.files.root, self.secret)
         self.specs = Specs(store, filesets, plugins=settings.models.tool_call_plugin.enabled)
         self.previews = Previews(
@@ -104,8 +98,33 @@ class Daemon:
         )  # fmt: skip
         self.resolver = Resolver(store, filesets, self.host)
         self.view = View(containers=self.containers, gpus=self.gpus, observer=self.observer)
-        self.executor = Executor(
-            settings=settings,
+        self.executor = self._make_executor()
+        self.reconciler = self._make_reconciler()
+        self.stock = Stock(self.weights, store, self.reconciler.read_desired)
+        self.view.executor, self.view.reconciler = self.executor, self.reconciler
+        self.gateway.on_idle = self._wake
+        copies = AdapterCopies(
+            store, filesets, self.weights, AdapterFiles(Path(self.host.loras_dir)), self.files.root, self.secret
+        )
+        self.loader = Loader(store, copies, self.prober, self._wake)
+        self.first_look = asyncio.Event()
+        self._published: object = None
+
+    def _make_observer(self) -> Observer:
+        return Observer(
+            containers=self.containers,
+            gpus=self.gpus,
+            devices=self.settings.gpus.devices,
+            weights=self.weights,
+            prober=self.prober,
+            owner=self.store.owner,
+            files_root=self.files.root,
+            is_busy=self.gateway.is_busy,
+        )
+
+    def _make_executor(self) -> Executor:
+        return Executor(
+            settings=self.settings,
             host=self.host,
             containers=self.containers,
             weights=self.weights,
@@ -114,18 +133,17 @@ class Daemon:
             secret=self.secret,
             on_progress=self.view.progressed,
         )
-        self.reconciler = Reconciler(
-            store=store,
+
+    def _make_reconciler(self) -> Reconciler:
+        return Reconciler(
+            store=self.store,
             observer=self.observer,
             executor=self.executor,
             containers=self.containers,
             host=self.host,
-            limits=limits(settings),
+            limits=limits(self.settings),
             on_tick=self._on_tick,
         )
-        self.view.executor, self.view.reconciler = self.executor, self.reconciler
-        self.first_look = asyncio.Event()
-        self._published: object = None
 
     def app(self, loopback: bool | None = None) -> object:
         parts = Parts(
@@ -138,22 +156,33 @@ class Daemon:
             hub=HubFiles(self.weights.cache_dir, self.weights.endpoint, self.weights.offline),
             specs=self.specs,
             previews=self.previews,
+            stock=self.stock,
             tokens=self.tokens,
+            gateway=self.gateway,
+            adapters=self.loader,
         )
-        return entry(control_plane(parts), self.gateway, self.settings, self.tokens, loopback=loopback)
+        control, on_refused = control_plane(parts), self.gateway.traffic.end
+        return entry(control, self.gateway, self.settings, self.tokens, loopback=loopback, on_refused=on_refused)
+
+    async def recall(self) -> None:
+        """Routes from what is stored, for requests before the first look: those for engines are asked to wait."""
+        await self._route([not_looked_at(d) for d in await self.reconciler.read_desired()])
 
     async def run(self) -> None:
         """Reconcile until cancelled."""
         await self.files.open()
         await sweep_files(self.files, self.store)
         await self.specs.start()
+        self.loader.start()
         await self.reconciler.run()
 
     async def close(self) -> None:
         await self.specs.close()
+        await self.loader.close()
         await self.discovery.close()
         await self.prober.close()
         await self.gateway.close()
+        await self.stock.close()
         await self.weights.close()
         await self.gpus.close()
         await self.containers.close()
@@ -181,28 +210,53 @@ class Daemon:
     async def _on_tick(self, verdicts: tuple[Verdict, ...], observed: Observed) -> None:
         """Routes and discovery follow the rows and the verdicts; nothing is made anew when neither changed."""
         self.view.saw(verdicts, observed)
-        state = (self.store.revision, [(v.desired.ref, v.status, v.message, v.instance) for v in verdicts])
+        seen = [(v.desired.ref, v.status, v.message, v.instance) for v in verdicts]
+        state = (self.store.revision, self.loader.revision, seen)
         if state != self._published:
-            providers = await self.store.all("providers")
-            keys = {Ref(p.workspace, p.name): await self._key(p) for p in providers}
-            self.gateway.table = route_table(
-                providers,
-                await self.store.by_ref("models"),
-                await self.store.all("workspaces"),
-                verdicts,
-                keys,
-                await self.store.all("virtual-models"),
-            )
-            self.discovery.watch(
-                Question(provider=p, headers=key.headers + _extra_headers(p), problem=key.problem)
-                for p in providers
-                if p.wish.model_deployment_id is None
-                for key in [keys[Ref(p.workspace, p.name)]]
-            )
+            questions = await self._route(verdicts)
+            self.discovery.watch(questions)
             self._published = state
+        self.loader.saw(verdicts, observed, state[:2])
         if not self.first_look.is_set():
-            _say(_findings(observed, self.observer, verdicts))
+            await sweep_container_files(Path(self.host.files_dir), self.containers)
+            _say(findings(observed, self.observer, verdicts))
             self.first_look.set()
+
+    async def _route(self, verdicts: Sequence[Verdict]) -> tuple[Question, ...]:
+        """Routes as the rows and the verdicts say; what is to be asked of the providers elsewhere."""
+        providers = await self.store.all("providers")
+        verdicts = (*verdicts, *await self._not_judged(providers, verdicts))
+        keys = {Ref(p.workspace, p.name): await self._key(p) for p in providers}
+        self.gateway.table = route_table(
+            providers,
+            await self.store.by_ref("models"),
+            await self.store.all("workspaces"),
+            verdicts,
+            keys,
+            await self.store.all("virtual-models"),
+            adapters := await self.store.all("adapters"),
+            self.loader.waiting(wanted_adapters(adapters)),
+            self.gateway.hop,
+        )
+        return tuple(
+            Question(provider=p, headers=self._headers(p, key), problem=key.problem)
+            for p in providers
+            if p.wish.model_deployment_id is None
+            for key in [keys[Ref(p.workspace, p.name)]]
+        )
+
+    async def _not_judged(self, providers: Iterable[Entity], verdicts: Iterable[Verdict]) -> list[Verdict]:
+        """For deployments that were made since the verdicts were: what is asked of them waits like of any other."""
+        owned = {Ref(p.workspace, p.name) for p in providers if p.wish.model_deployment_id is not None}
+        if not (new := owned - {v.desired.ref for v in verdicts}):
+            return []
+        return [not_looked_at(d) for d in await self.reconciler.read_desired() if d.ref in new]
+
+    def _headers(self, provider: Entity, key: Key) -> tuple[tuple[str, str], ...]:
+        """What discovery sends: the same as the gateway."""
+        wish = provider.wish
+        extra = (wish.default_extra_headers or {}) | (wish.required_extra_headers or {})
+        return (*key.headers, *extra.items(), (HOP, self.gateway.hop))
 
     async def _key(self, provider: Entity) -> Key:
         name = provider.wish.api_key_secret_name
@@ -226,6 +280,12 @@ def host_facts(settings: Settings, directory: Path) -> HostFacts:
     )
 
 
+def weights_of(settings: Settings) -> Weights:
+    wish = settings.weights
+    cache_dir = Path(wish.cache_dir).expanduser() if wish.cache_dir else cache_dir_from(os.environ)
+    return Weights(cache_dir, wish.endpoint, wish.offline)
+
+
 def limits(settings: Settings) -> Limits:
     wish = settings.deployments
     return Limits(
@@ -234,12 +294,8 @@ def limits(settings: Settings) -> Limits:
         restart_limit=wish.restart_limit,
         restart_backoff_s=wish.restart_backoff_s,
         unhealthy_restart_s=wish.unhealthy_restart_s,
+        drain_timeout_s=wish.drain_timeout_s,
     )
-
-
-def _extra_headers(provider: Entity) -> tuple[tuple[str, str], ...]:
-    wish = provider.wish
-    return tuple(((wish.default_extra_headers or {}) | (wish.required_extra_headers or {})).items())
 
 
 # --- the process ---------------------------------------------------------------------------------------------------
@@ -299,8 +355,9 @@ async def _serve(settings: Settings, directory: Path) -> None:
         gpus = SimulatedGpus(settings.gpus.simulated) if settings.gpus.simulated else NvmlGpus()
         daemon = Daemon(settings, directory, store, vault, containers, gpus, tokens)
         try:
-            gc.collect()
-            gc.freeze()  # what is here stays: later collections need not look at it, and take 1 ms instead of 50
+            await daemon.recall()
+            preload()
+            settle()
             with watching():
                 await _until_stopped(daemon, listener)
         finally:
@@ -313,7 +370,6 @@ async def _until_stopped(daemon: Daemon, listener: socket.socket) -> None:
     address = listener.getsockname()
     app = daemon.app(loopback=is_loopback(address[0]))
     server = Server(app, daemon.settings.server.drain_timeout_s, on_stop=lambda: _say([_STOPPING]))
-    settle()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
@@ -333,21 +389,6 @@ async def _until_stopped(daemon: Daemon, listener: socket.socket) -> None:
 
 
 _STOPPING = "Stopping: letting replies end. Engines keep running. Once more to force."
-
-
-def _findings(observed: Observed, observer: Observer, verdicts: tuple[Verdict, ...]) -> list[str]:
-    """The rest of the banner: what was found."""
-    if observed.docker_problem:
-        docker = f"{observed.docker_problem}\n        Without Docker there are only external providers."
-    else:
-        docker = "Docker: connected"
-    gpus = [f"GPU {g.index}: {g.name}, {g.memory_bytes / 2**30:.0f} GiB, {g.uuid}" for g in observer.gpus]
-    adopted = [str(v.desired.ref) for v in verdicts if any(i.ref == v.desired.ref for i in observed.instances)]
-    return [
-        docker,
-        *(gpus or [f"GPUs: none. {observed.gpu_problem or ''}".rstrip()]),
-        f"Adopted: {', '.join(adopted)}" if adopted else f"Deployments: {len(verdicts)}, none running",
-    ]
 
 
 def _say(lines: list[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,17 +21,20 @@ from types import FrameType
 log = logging.getLogger(__name__)
 BEAT_S = 0.002
 VARIABLE = "NIMHOST_DEBUG"
+_OURS = f"{os.path.dirname(__file__)}/"
 
 
 @contextmanager
 def watching() -> Iterator[None]:
     """Watches the running loop when `NIMHOST_DEBUG` is set: says when it stood longer still than before, and the most
-    at the end."""
+    at the end. SIGUSR2: say it now, and begin anew.
+    """
     if not os.environ.get(VARIABLE):
         yield
         return
     watch = LoopWatch()
     watch.start()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, watch.begin_anew)
     try:
         yield
     finally:
@@ -73,8 +77,14 @@ class LoopWatch:
             self._beat.cancel()
         self._thread.join()
 
+    def begin_anew(self) -> None:
+        log.info("%s", self.report())
+        self.longest_s = self.longest_cpu_s = 0.0
+        self.pauses, self.where = 0, ()
+
     def report(self) -> str:
-        last = self.where[-1] if self.where else "nowhere"
+        ours = [frame for frame in self.where if _OURS in frame]
+        last = " < ".join([*self.where[-1:], *ours[-1:]]) or "nowhere"
         return (
             f"the loop stood still {self.pauses} times, at most {self.longest_s * 1000:.1f} ms, in {last};"
             f" at most {self.longest_cpu_s * 1000:.1f} ms of CPU time at once"
@@ -104,5 +114,5 @@ class LoopWatch:
 
 
 def _stack(frame: FrameType | None) -> tuple[str, ...]:
-    summary = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=12)
+    summary = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=40)
     return tuple(f"{line.filename}:{line.lineno} {line.name}" for line in reversed(summary))

@@ -27,5 +27,8 @@ class MemorySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     kv_value_bytes: int = 2
     state_values: int = 0
     """Numbers kept per sequence, however long it is (state space layers)."""
+    positions: int = 0
+    """A longer context no engine takes: that many are in its config.json, with nothing that stretches them. 0: not
+    known."""
     exact: bool = False
     """Counted from the tensors; else estimated from config.json."""

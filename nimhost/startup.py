@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+
 from nimhost.entities import Provider
+from nimhost.errors import DockerUnavailable
+from nimhost.host.containers import Containers
 from nimhost.host.files import FileStorage
 from nimhost.refs import NGC_KEY, Ref
 from nimhost.store import Store
 
+log = logging.getLogger(__name__)
 NVIDIA_BUILD = Ref("system", "nvidia-build")
+
+
+LAZY = ("httpcore", "anyio._backends._asyncio")
+"""What httpx imports when it sends its first request, which would hold up the loop for tens of milliseconds."""
+
+
+def preload() -> None:
+    for name in LAZY:
+        importlib.import_module(name)
 
 
 async def seed(store: Store) -> None:
@@ -31,3 +50,24 @@ async def sweep_files(files: FileStorage, store: Store) -> None:
         async with store.transaction() as tx:  # nobody makes a fileset of that name meanwhile
             if not await tx.find("filesets", workspace, name):
                 await files.delete_all(files.directory(workspace, name))
+
+
+async def sweep_container_files(directory: Path, containers: Containers) -> None:
+    """Removes files that were written for containers which are gone. Only before the first container is made: the files
+    of one are there before it is. While Docker is away nobody knows which they are; the next start does it."""
+    try:
+        mounted = {path for container in await containers.list() for path in container.mounts}
+    except DockerUnavailable:
+        return
+    await asyncio.to_thread(_remove_others, directory, {os.path.realpath(path) for path in mounted})
+
+
+def _remove_others(directory: Path, kept: Collection[str]) -> None:
+    for path in directory.glob("*/*"):
+        if os.path.realpath(path) not in kept:
+            try:
+                path.unlink()
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+            except OSError as error:
+                log.warning("%s cannot be removed: %s", path, error.strerror)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -62,10 +63,89 @@ def test_the_environment_takes_toml_values_and_raw_strings() -> None:
     assert settings.weights.endpoint == "http://127.0.0.1:1"
 
 
-def test_a_misspelt_setting_is_named_with_the_nearest_one() -> None:
-    with pytest.raises(ConfigError, match=r"there is no setting `prt`") as caught:
-        load(env={"NIMHOST_SERVER__PRT": "1"})
-    assert caught.value.hint == "Did you mean 'port'?"
+def test_a_wrong_key_inside_a_variable_is_named_with_the_right_one() -> None:
+    with pytest.raises(ConfigError, match="NIMHOST_GPUS__SIMULATED") as caught:
+        load(env={"NIMHOST_GPUS__SIMULATED": "[{nam='x', memory_gib=1}]"})
+    assert "there is no setting `nam` in [gpus.simulated]" in caught.value.message
+    assert caught.value.hint == "Did you mean 'name' in NIMHOST_GPUS__SIMULATED?"
+
+
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [
+        ("NIMHOST_SERVER__PROT", "Did you mean NIMHOST_SERVER__PORT?"),
+        ("NIMHOST_SERVER_PORT", "Did you mean NIMHOST_SERVER__PORT?"),
+        ("NIMHOST_SEVER__PORT", "Did you mean NIMHOST_SERVER__PORT?"),
+        ("NIMHOST_WEIGHTS__OFLINE", "Did you mean NIMHOST_WEIGHTS__OFFLINE?"),
+        ("NIMHOST_MODELS__TOOL_CALL_PLUGIN__ENABLE", "Did you mean NIMHOST_MODELS__TOOL_CALL_PLUGIN__ENABLED?"),
+        ("NIMHOST_SERVER__LOG_BODYS", "Did you mean NIMHOST_GATEWAY__LOG_BODIES?"),
+        ("NIMHOST_SERVER__ZZZZ", "See nimhost.toml.example for every setting."),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_named_with_the_nearest_one(variable: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=variable) as caught:
+        load(env={variable: "1"})
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "hint"),
+    [
+        ("[server]\nprot = 1\n", "there is no setting `prot` in [server]", "Did you mean 'server.port'?"),
+        ("[sever]\nport = 1\n", "there is no setting `sever`", "Did you mean 'server'?"),
+        ("port = 1\n", "there is no setting `port`", "Did you mean 'server.port'?"),
+        ("[gpus]\nsimulated = [{ name = 'x', memory_gb = 1 }]\n", "no setting `memory_gb` in [gpus.simulated]",
+         "Did you mean 'gpus.simulated.memory_gib'?"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_setting_in_a_file_is_named_with_the_nearest_one(
+    tmp_path: Path, text: str, said: str, hint: str
+) -> None:
+    file = tmp_path / "n.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        load(str(file), env={"NIMHOST_SERVER__HOST": "x"})
+    assert f"(from {file})" in caught.value.message
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("env", "overrides", "source"),
+    [
+        ({"NIMHOST_SERVER__PORT": "abc"}, {}, "NIMHOST_SERVER__PORT"),
+        ({"NIMHOST_SERVER__PORT__X": "1"}, {}, "NIMHOST_SERVER__PORT__X"),
+        ({"NIMHOST_SERVER__PORT": "1"}, {"server.port": "abc"}, "--port"),
+    ],
+)
+def test_a_wrong_value_is_named_with_where_it_was_said(
+    tmp_path: Path, env: dict[str, str], overrides: dict[str, object], source: str
+) -> None:
+    file = tmp_path / "n.toml"
+    file.write_text("[server]\ndrain_timeout_s = 1.0\n")
+    with pytest.raises(ConfigError, match=rf"at `server\.port` \(from {source}\)"):
+        load(str(file), overrides, env)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("[docker]\nshm_gib = -1\n", "docker.shm_gib"),
+        ("[server]\ndrain_timeout_s = -4\n", "server.drain_timeout_s"),
+        ("[deployments]\ndrain_timeout_s = -4\n", "deployments.drain_timeout_s"),
+        ("[engines.vllm]\nimage = ''\n", "engines.vllm.image"),
+        ("[engines.nim]\nimage = ' '\n", "engines.nim.image"),
+        ("[[gpus.simulated]]\nname = 'x'\nmemory_gib = -5\n", "gpus.simulated"),
+    ],
+)
+def test_a_value_that_can_never_work_is_refused_at_the_start(tmp_path: Path, text: str, where: str) -> None:
+    file = tmp_path / "n.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"Settings are wrong: .* at `{where}"):
+        load(str(file), env={})
+
+
+def test_an_image_is_said_by_the_environment_without_quotes() -> None:
+    assert load(env={"NIMHOST_ENGINES__VLLM__IMAGE": "my/vllm:1"}).engines.vllm.image == "my/vllm:1"
 
 
 @pytest.mark.parametrize("text", ["[server\n", "[server]\nport = 'x'\n", "server = 1\n"])

@@ -15,17 +15,23 @@ import pytest
 from nimhost import listening
 from nimhost.config import Server as ServerSettings
 from nimhost.errors import StartError
+from nimhost.gateway import front, room
+from nimhost.gateway.cycle import ENDLESS
 from nimhost.listening import Server, listen
 from tests.support import eventually
 
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+RELEASE = asyncio.Event()
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """`/read`: reads the body, and says how long it was. `/big`: a reply without end. Anything else: OK at once."""
+    """`/read`: reads the body, and says how long it was. `/big`: a reply without end. `/smuggle`: a header
+    with the end of a line in it. `/follow`, `/follow-late`: a piece, and
+    then nothing more; the second after the body. `/slow`: two pieces, RELEASE between them.
+    Anything else: OK at once."""
     size = 0
-    if scope["path"] == "/read":
+    if scope["path"] in ("/read", "/follow-late"):
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -33,7 +39,12 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
             size += len(message["body"])
             if not message["more_body"]:
                 break
-    await send({"type": "http.response.start", "status": 200, "headers": []})
+    headers = [(b"x-a", b"b\r\nset-cookie: c=d")] if scope["path"] == "/smuggle" else []
+    endless = {ENDLESS: True} if scope["path"].startswith("/follow") else {}
+    await send({"type": "http.response.start", "status": 200, "headers": headers, **endless})
+    if endless or scope["path"] == "/slow":
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        await (asyncio.Event() if endless else RELEASE).wait()
     while scope["path"] == "/big":
         await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
         await asyncio.sleep(0)
@@ -85,7 +96,7 @@ async def serve() -> AsyncIterator[Open]:
 def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def set_limits(**limits: float) -> None:
         for name, value in limits.items():
-            monkeypatch.setattr(listening, name, value)
+            monkeypatch.setattr(room if name == "KEEP_ALIVE_S" else front, name, value)
 
     return set_limits
 
@@ -222,11 +233,118 @@ async def test_a_body_that_is_not_wanted_is_not_read_for_ever(limit: Callable[..
         await eventually(lambda: opened.count() == 0)
 
 
+@pytest.mark.parametrize("how", ["close", "keep-alive"])
+async def test_an_answer_before_the_end_of_the_body_is_not_lost(how: str) -> None:
+    async with serve() as opened:
+        head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: {how}\r\nContent-Length: 30000000\r\n\r\n".encode()
+        reader, writer = await opened.connect(head)
+        for _ in range(30):
+            writer.write(b"x" * 1_000_000)
+            await writer.drain()
+        assert b"read 0" in await reader.readuntil(b"0\r\n\r\n")
+        writer.write(ASK)
+        if how == "close":
+            assert await read_all(reader) == b""
+        else:
+            assert b"read 0" in await reader.readuntil(b"0\r\n\r\n")
+
+
+async def test_a_header_cannot_smuggle_another_in() -> None:
+    async with serve() as opened:
+        assert (await opened.ask(ASK.replace(b"GET /", b"GET /smuggle"))).startswith(b"HTTP/1.1 500 Internal")
+
+
+async def test_requests_sent_at_once_are_answered_in_order() -> None:
+    async with serve() as opened:
+        bodies = [b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (n, b"x" * n) for n in (1, 2, 3)]
+        reader, writer = await opened.connect(b"".join(bodies))
+        for n in (1, 2, 3):
+            assert b"read %d" % n in await reader.readuntil(b"0\r\n\r\n")
+        writer.write(ASK.replace(b"Host", b"Connection: close\r\nHost") + ASK)
+        assert (await read_all(reader)).count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "wanted"),
+    [
+        (b"GET /read HTTP/1.0\r\n\r\n", [b"HTTP/1.1 200 OK", b"connection: close", b"\r\n\r\nread 0"]),
+        (b"HEAD / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", [b"HTTP/1.1 200 OK"]),
+        (b"GET http://x/read?a=b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", [b"read 0"]),
+        (b"GET /r%65ad HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", [b"read 0"]),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n", [b"200 OK", b"read 0"]),
+        (b"nonsense\r\n\r\n", [b"HTTP/1.1 400 Bad Request", b"connection: close"]),
+        (b"GET \xff HTTP/1.1\r\n\r\n", [b"HTTP/1.1 400 Bad Request"]),
+    ],
+)
+async def test_what_old_and_odd_clients_send(sent: bytes, wanted: list[bytes]) -> None:
+    async with serve() as opened:
+        reader, _ = await opened.connect(sent)
+        if b"upgrade" in sent:
+            answer = await reader.readuntil(b"0\r\n\r\n")
+        else:
+            answer = await read_all(reader)
+        assert [part for part in wanted if part not in answer] == []
+        if sent.startswith(b"HEAD"):
+            assert answer.endswith(b"\r\n\r\n")
+            assert b"read" not in answer
+
+
+async def test_a_body_is_asked_for_when_the_client_waits_to_be_asked() -> None:
+    async with serve() as opened:
+        head = b"POST /read HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+        reader, writer = await opened.connect(head)
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"ab")
+        assert b"read 2" in await reader.readuntil(b"0\r\n\r\n")
+
+
+async def test_an_idle_connection_is_closed_after_a_while_and_a_busy_one_is_not(limit: Callable[..., None]) -> None:
+    limit(KEEP_ALIVE_S=0.5)
+    async with serve() as opened:
+        idle, _ = await opened.connect(ASK)
+        assert b"read 0" in await idle.readuntil(b"0\r\n\r\n")
+        busy, writer = await opened.connect(b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n")
+        assert await read_all(idle) == b""
+        await asyncio.sleep(0.3)
+        writer.write(b"x")
+        assert b"read 1" in await busy.readuntil(b"0\r\n\r\n")
+
+
 async def _pour(writer: asyncio.StreamWriter, size_bytes: int) -> None:
     for _ in range(size_bytes // 100_000):
         writer.write(b"x" * 100_000)
         await asyncio.wait_for(writer.drain(), 10)
         await asyncio.sleep(0.001)
+
+
+# --- the end of the server -------------------------------------------------------------------------------------------
+
+
+async def test_when_the_server_stops_a_reply_without_end_is_broken_off_and_the_others_are_waited_for() -> None:
+    RELEASE.clear()
+    async with serve() as opened:
+        opened.server.config.timeout_graceful_shutdown = 60
+        follower, _ = await opened.connect(ASK.replace(b"/ ", b"/follow "))
+        slow, _ = await opened.connect(ASK.replace(b"/ ", b"/slow "))
+        for reader in (follower, slow):
+            await reader.readuntil(b"begun\r\n")
+        opened.server.stop()
+        assert await read_all(follower) == b""  # without the end of a whole reply
+        assert opened.count() == 1
+        RELEASE.set()
+        assert (await read_all(slow)).endswith(b"read 0\r\n0\r\n\r\n")
+
+
+async def test_a_reply_without_end_that_begins_while_the_server_stops_is_broken_off_too() -> None:
+    async with serve() as opened:
+        opened.server.config.timeout_graceful_shutdown = 60
+        post = b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n"
+        late, writer = await opened.connect(post.replace(b"/read", b"/follow-late"))
+        await eventually(lambda: opened.count() == 1)
+        opened.server.stop()
+        await eventually(lambda: not opened.server.servers or not opened.server.servers[0].is_serving())
+        writer.write(b"x")
+        assert (await read_all(late)).endswith(b"begun\r\n")
 
 
 # --- how many --------------------------------------------------------------------------------------------------------

@@ -9,11 +9,14 @@ import pytest
 
 from nimhost.deployments.discovery import Discovery, Question
 from nimhost.deployments.routing import provider_key
+from nimhost.engines.spec import ContainerSpec, Mount, Probe
 from nimhost.entities import Entity, Fileset, Provider
+from nimhost.host.container import Launch
 from nimhost.host.files import FileStorage
 from nimhost.startup import NVIDIA_BUILD, seed, sweep_files
 from nimhost.store import Store
 from tests.support import eventually
+from tests.world import IMAGE, World
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ async def test_without_a_key_nobody_is_asked_and_the_status_says_what_is_missing
     found = await eventually(judged)
     assert found is not None
     message = found.status.status_message
-    assert "Secret 'ngc-api-key' does not exist" in message
+    assert message.startswith("No key yet: ")
     assert "nimhost secrets create ngc-api-key --from-file - --workspace system" in message
     assert "NGC_API_KEY" in message
     _, task = discovery._tasks[provider.id]
@@ -81,3 +84,27 @@ async def test_files_of_a_fileset_whose_row_is_gone_are_swept_and_no_others(stor
     assert await files.filesets() == [("default", "kept")]
     assert (files.directory("default", "kept") / "sub" / "f").read_text() == "x"
     files.close()
+
+
+async def test_files_of_containers_that_are_gone_are_swept_at_the_next_start(tmp_path: Path) -> None:
+    async with World(tmp_path) as world:
+        kept, gone, other = (tmp_path / "container-files" / hash_ / "template.jinja" for hash_ in ("a1", "b2", "c3"))
+        for path in (kept, gone, other):
+            path.parent.mkdir(parents=True)
+            path.write_text("x")
+        gone.with_name("template.jinja.77.tmp").write_text("half")
+        spec = ContainerSpec(image=IMAGE, probe=Probe("/health"), mounts=(Mount(str(kept), "/t"),))
+        await world.docker.create(Launch(spec=spec, name="stopped-or-not"))
+        await world.restart()
+        assert [path.exists() for path in (kept, gone, other)] == [True, False, False]
+        assert sorted(path.name for path in (tmp_path / "container-files").iterdir()) == ["a1"]
+
+
+async def test_nothing_is_swept_while_docker_is_away(tmp_path: Path) -> None:
+    async with World(tmp_path) as world:
+        path = tmp_path / "container-files" / "a1" / "template.jinja"
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+        world.docker.away = True
+        await world.restart()
+        assert path.exists()
