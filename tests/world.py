@@ -74,6 +74,7 @@ class World:
         self.daemon = Daemon(self.settings, self.directory, self._store, vault, self.docker, self.gpus)
         app: Any = self.daemon.app()
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1:8080")
+        await self.daemon.recall()
         self._running = asyncio.create_task(self.daemon.run())
         await asyncio.wait_for(self.daemon.first_look.wait(), 5)
 
@@ -99,7 +100,8 @@ class World:
         return engine.port
 
     async def _stop_engine(self, container: FakeContainer) -> None:
-        await self.engines.pop(container.id).stop()
+        if engine := self.engines.pop(container.id, None):
+            await engine.stop()
 
     # --- what a user does
 

@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.conftest import MakeDaemon
 from tests.e2e.daemon import MODELS, DaemonProcess, containers_of, nimhost
 from tests.fakes.hub import FakeHub
+from tests.fakes.ngc import KEY, FakeNgc
 from tests.support import wait_until
 
 pytestmark = pytest.mark.docker
@@ -101,8 +102,9 @@ def test_a_gated_model_that_could_not_be_looked_at_says_so_when_it_is_fetched(
     daemon: DaemonProcess, hub: FakeHub, fake_engine_image: str
 ) -> None:
     hub.add("org/gated", MODEL, gated=True, readers=("hf_reader",))
-    hub.faults.busy, hub.faults.busy_where = 1, "/api/"
+    hub.faults.busy, hub.faults.busy_where = 1000, "/api/"
     deploy(daemon, fake_engine_image, "org/gated")
+    hub.faults.busy = 0
     gated = daemon.wait("org-gated", "ERROR")["status_message"]
     assert "org/gated" in gated
     assert "token_secret" in gated or "--hf-token-secret" in gated
@@ -123,3 +125,33 @@ def test_progress_is_told_in_bytes(daemon: DaemonProcess, hub: FakeHub, fake_eng
     assert seen["total_bytes"] == sum(len(content) for name, content in MODEL.items() if not name.endswith(".bin"))
     hub.faults.bytes_per_s = None
     daemon.wait("one", "READY", 30)
+
+
+def test_a_deployment_of_ngc_weights_runs_and_keeps_them_from_being_pruned(
+    daemon: DaemonProcess, docker_engine: docker.DockerClient, fake_engine_image: str
+) -> None:
+    with FakeNgc() as ngc:
+        ngc.publish("nvidia/nemo/model", "1.0", MODEL)
+        daemon.post("/apis/secrets/v2/workspaces/default/secrets", {"name": "ngc-key", "value": KEY})
+        storage = {"type": "ngc", "org": "nvidia", "team": "nemo", "target": "model", "target_type": "model",
+                   "api_key_secret": "ngc-key", "host": ngc.url}  # fmt: skip
+        daemon.post("/apis/files/v2/workspaces/default/filesets", {"name": "one", "storage": storage}, 200)
+        daemon.post(f"{MODELS}/models", {"name": "one", "fileset": "default/one"})
+        image, _, tag = fake_engine_image.rpartition(":")
+        config = {"name": "one", "engine": "vllm", "model_spec": {"model_name": "one"},
+                  "executor_config": {"gpu": 1, "image_name": image, "image_tag": tag}}  # fmt: skip
+        daemon.post(f"{MODELS}/deployment-configs", config)
+        daemon.post(f"{MODELS}/deployments", {"name": "one", "config": "one"})
+        daemon.wait("one", "READY", 30)
+    made = containers_of(docker_engine, daemon)["one"]
+    (mount,) = made["Mounts"]
+    folder = daemon.directory / "weights" / ".nimhost" / "ngc" / "ngc-models--nvidia--nemo--model"
+    assert (mount["Source"], mount["RW"]) == (str(folder), False)
+    assert "/model-store/snapshots/1.0" in made["Args"]
+    assert KEY not in str(made)
+    listed = nimhost(daemon, "weights", "list")
+    assert "ngc://nvidia/nemo/model" in listed.stdout
+    assert "default/one, fileset default/one" in listed.stdout
+    assert "deployment default/one uses it" in nimhost(daemon, "weights", "prune", "--dry-run").stdout
+    assert "There is nothing to remove." in nimhost(daemon, "weights", "prune", "--yes").stdout
+    assert folder.is_dir()
