@@ -482,7 +482,7 @@ async def test_a_roll_moves_traffic_when_the_new_engine_has_the_adapters_of_the_
     async def ask() -> None:
         while not over.is_set():
             statuses.add((await world.chat(NAME)).status_code)
-            await asyncio.sleep(0)  # a refusal takes no time, and others must get on
+            await asyncio.sleep(0.01)  # a refusal takes no time, and others must get on
 
     asking = asyncio.create_task(ask())
     try:
