@@ -27,6 +27,7 @@ from tests.docker.conftest import (  # noqa: F401
     vllm_image,
 )
 from tests.e2e.daemon import DaemonProcess
+from tests.fakes.hub import FakeHub
 from tests.support import wait_until
 
 MakeDaemon = Callable[..., DaemonProcess]
@@ -85,9 +86,16 @@ def daemon(make_daemon: MakeDaemon, gpu_requests: None) -> DaemonProcess:  # noq
 @pytest.fixture
 def provider() -> Iterator[str]:
     """An external provider: its URL."""
+    with running_provider("gpt-4") as url:
+        yield url
+
+
+@contextlib.contextmanager
+def running_provider(*models: str) -> Iterator[str]:
+    """The URL of one that serves these models, in a process of its own."""
     engine = Path(__file__).parent.parent / "fakes" / "engine.py"
     process = subprocess.Popen(
-        [sys.executable, str(engine), "--served-model-name", "gpt-4", "--host", "127.0.0.1", "--port", "0"],
+        [sys.executable, str(engine), "--served-model-name", *models, "--host", "127.0.0.1", "--port", "0"],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -97,6 +105,12 @@ def provider() -> Iterator[str]:
     process.terminate()
     process.wait(10)
     process.stderr.close()
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as hub:
+        yield hub
 
 
 @pytest.fixture

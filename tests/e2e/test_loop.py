@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import docker
 import httpx
 import pytest
 
 from tests.docker.registry import Registry
-from tests.e2e.conftest import MakeDaemon
+from tests.e2e.conftest import MakeDaemon, running_provider
 from tests.e2e.daemon import MODELS, DaemonProcess, nimhost
 from tests.fakes.hub import FakeHub
 from tests.support import wait_until
@@ -26,12 +23,6 @@ LONGEST_MS = 25.0
 """Of CPU time between two beats. The aim is 10 for a callback; a machine that is busy makes it look longer."""
 LONGEST_LIST_MS = 10.0
 REPORT = re.compile(r"stood still (\d+) times, at most ([\d.]+) ms, in (.*); at most ([\d.]+) ms of CPU time")
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as hub:
-        yield hub
 
 
 @pytest.fixture
@@ -116,16 +107,5 @@ def test_with_ten_thousand_entities(daemon: DaemonProcess) -> None:
 @pytest.fixture
 def many_models() -> Iterator[str]:
     """A provider that serves two thousand models: its URL."""
-    engine = Path(__file__).parent.parent / "fakes" / "engine.py"
-    names = [f"vendor/model-{number:04}" for number in range(2000)]
-    process = subprocess.Popen(
-        [sys.executable, str(engine), "--served-model-name", *names, "--host", "127.0.0.1", "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    port = next(line.split()[-1] for line in process.stderr if "startup complete" in line)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(10)
-    process.stderr.close()
+    with running_provider(*(f"vendor/model-{number:04}" for number in range(2000))) as url:
+        yield url

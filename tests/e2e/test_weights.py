@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import docker
 import pytest
@@ -22,12 +21,6 @@ MODEL = {
     "model.safetensors": os.urandom(SIZE),
     "pytorch_model.bin": os.urandom(1000),
 }
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as hub:
-        yield hub
 
 
 @pytest.fixture
