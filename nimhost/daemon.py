@@ -9,7 +9,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import uvloop
@@ -21,34 +21,35 @@ from nimhost.api.parts import Parts
 from nimhost.api.rotation import sealed_in, sealed_rows
 from nimhost.config import Settings, data_dir, load, ngc_api_key
 from nimhost.deployments.adapter_copies import AdapterCopies
-from nimhost.deployments.adapters import wanted_adapters
-from nimhost.deployments.discovery import Discovery, Question
+from nimhost.deployments.discovery import Discovery
 from nimhost.deployments.execute import Executor
 from nimhost.deployments.filesets import Filesets
 from nimhost.deployments.loading import Loader
 from nimhost.deployments.observe import Observer
 from nimhost.deployments.observed import Observed
+from nimhost.deployments.offers import Offers, asking
 from nimhost.deployments.preview import Previews
 from nimhost.deployments.probe import Prober
+from nimhost.deployments.pulls import Pulls
 from nimhost.deployments.reconciler import Reconciler
 from nimhost.deployments.resolve import Resolver
 from nimhost.deployments.retry import Limits
-from nimhost.deployments.routing import Key, not_looked_at, provider_key, route_table
+from nimhost.deployments.router import Router
 from nimhost.deployments.situation import Verdict
 from nimhost.deployments.specs import Specs
 from nimhost.deployments.weights_stock import Stock
 from nimhost.engines.order import HostFacts
 from nimhost.entities import Entity
-from nimhost.errors import ConfigError, NimhostError, NotFound
+from nimhost.errors import ConfigError, NimhostError
 from nimhost.gateway.memory import settle
 from nimhost.gateway.proxy import Gateway
-from nimhost.gateway.routes import HOP
 from nimhost.host.adapter_files import AdapterFiles
 from nimhost.host.containers import Containers, DockerContainers
 from nimhost.host.files import FileStorage
 from nimhost.host.gpus import Gpus, NvmlGpus, SimulatedGpus
 from nimhost.host.hub_files import HubFiles
 from nimhost.host.lock import lock_directory
+from nimhost.host.registry import Registries
 from nimhost.host.vault import Vault
 from nimhost.host.weights import Weights, cache_dir_from
 from nimhost.kinds import KINDS
@@ -76,7 +77,9 @@ class Daemon:
         containers: Containers,
         gpus: Gpus,
         tokens: TokenTable | None = None,
+        registries: Registries | None = None,
     ) -> None:
+        """`registries`: None asks none what an image is before it is pulled."""
         self.settings = settings
         self.store = store
         self.vault = vault
@@ -89,6 +92,7 @@ class Daemon:
         self.weights = weights_of(settings)
         self.prober = Prober(self._wake)
         self.discovery = Discovery(store, self._wake)
+        self.offers = Offers(asking(registries, containers, self.secret) if registries else None, self._wake)
         self.observer = self._make_observer()
         filesets = Filesets(self.weights, self.files.root, self.secret)
         self.specs = Specs(store, filesets, plugins=settings.models.tool_call_plugin.enabled)
@@ -100,39 +104,30 @@ class Daemon:
         self.view = View(containers=self.containers, gpus=self.gpus, observer=self.observer)
         self.executor = self._make_executor()
         self.reconciler = self._make_reconciler()
-        self.stock = Stock(self.weights, store, self.reconciler.read_desired)
+        self.pulls = Pulls(self.weights, store, self.secret)
+        self.stock = Stock(self.weights, store, self.pulls, self.reconciler.read_desired)
         self.view.executor, self.view.reconciler = self.executor, self.reconciler
         self.gateway.on_idle = self._wake
         copies = AdapterCopies(
             store, filesets, self.weights, AdapterFiles(Path(self.host.loras_dir)), self.files.root, self.secret
         )
         self.loader = Loader(store, copies, self.prober, self._wake)
+        self.router = Router(store, self.gateway, self.loader, self.secret, self.reconciler.read_desired)
         self.first_look = asyncio.Event()
         self._published: object = None
 
     def _make_observer(self) -> Observer:
         return Observer(
-            containers=self.containers,
-            gpus=self.gpus,
-            devices=self.settings.gpus.devices,
-            weights=self.weights,
-            prober=self.prober,
-            owner=self.store.owner,
-            files_root=self.files.root,
-            is_busy=self.gateway.is_busy,
-        )
+            containers=self.containers, gpus=self.gpus, devices=self.settings.gpus.devices, weights=self.weights,
+            prober=self.prober, owner=self.store.owner, files_root=self.files.root, is_busy=self.gateway.is_busy,
+            offers=self.offers,
+        )  # fmt: skip
 
     def _make_executor(self) -> Executor:
         return Executor(
-            settings=self.settings,
-            host=self.host,
-            containers=self.containers,
-            weights=self.weights,
-            observer=self.observer,
-            resolver=self.resolver,
-            secret=self.secret,
-            on_progress=self.view.progressed,
-        )
+            settings=self.settings, host=self.host, containers=self.containers, weights=self.weights,
+            observer=self.observer, resolver=self.resolver, secret=self.secret, on_progress=self.view.progressed,
+        )  # fmt: skip
 
     def _make_reconciler(self) -> Reconciler:
         return Reconciler(
@@ -164,14 +159,11 @@ class Daemon:
         control, on_refused = control_plane(parts), self.gateway.traffic.end
         return entry(control, self.gateway, self.settings, self.tokens, loopback=loopback, on_refused=on_refused)
 
-    async def recall(self) -> None:
-        """Routes from what is stored, for requests before the first look: those for engines are asked to wait."""
-        await self._route([not_looked_at(d) for d in await self.reconciler.read_desired()])
-
     async def run(self) -> None:
         """Reconcile until cancelled."""
         await self.files.open()
         await sweep_files(self.files, self.store)
+        await self.pulls.resume()
         await self.specs.start()
         self.loader.start()
         await self.reconciler.run()
@@ -179,10 +171,11 @@ class Daemon:
     async def close(self) -> None:
         await self.specs.close()
         await self.loader.close()
+        await self.offers.close()
         await self.discovery.close()
         await self.prober.close()
         await self.gateway.close()
-        await self.stock.close()
+        await self.pulls.close()
         await self.weights.close()
         await self.gpus.close()
         await self.containers.close()
@@ -213,60 +206,13 @@ class Daemon:
         seen = [(v.desired.ref, v.status, v.message, v.instance) for v in verdicts]
         state = (self.store.revision, self.loader.revision, seen)
         if state != self._published:
-            questions = await self._route(verdicts)
-            self.discovery.watch(questions)
+            self.discovery.watch(await self.router.route(verdicts))
             self._published = state
         self.loader.saw(verdicts, observed, state[:2])
         if not self.first_look.is_set():
             await sweep_container_files(Path(self.host.files_dir), self.containers)
             _say(findings(observed, self.observer, verdicts))
             self.first_look.set()
-
-    async def _route(self, verdicts: Sequence[Verdict]) -> tuple[Question, ...]:
-        """Routes as the rows and the verdicts say; what is to be asked of the providers elsewhere."""
-        providers = await self.store.all("providers")
-        verdicts = (*verdicts, *await self._not_judged(providers, verdicts))
-        keys = {Ref(p.workspace, p.name): await self._key(p) for p in providers}
-        self.gateway.table = route_table(
-            providers,
-            await self.store.by_ref("models"),
-            await self.store.all("workspaces"),
-            verdicts,
-            keys,
-            await self.store.all("virtual-models"),
-            adapters := await self.store.all("adapters"),
-            self.loader.waiting(wanted_adapters(adapters)),
-            self.gateway.hop,
-        )
-        return tuple(
-            Question(provider=p, headers=self._headers(p, key), problem=key.problem)
-            for p in providers
-            if p.wish.model_deployment_id is None
-            for key in [keys[Ref(p.workspace, p.name)]]
-        )
-
-    async def _not_judged(self, providers: Iterable[Entity], verdicts: Iterable[Verdict]) -> list[Verdict]:
-        """For deployments that were made since the verdicts were: what is asked of them waits like of any other."""
-        owned = {Ref(p.workspace, p.name) for p in providers if p.wish.model_deployment_id is not None}
-        if not (new := owned - {v.desired.ref for v in verdicts}):
-            return []
-        return [not_looked_at(d) for d in await self.reconciler.read_desired() if d.ref in new]
-
-    def _headers(self, provider: Entity, key: Key) -> tuple[tuple[str, str], ...]:
-        """What discovery sends: the same as the gateway."""
-        wish = provider.wish
-        extra = (wish.default_extra_headers or {}) | (wish.required_extra_headers or {})
-        return (*key.headers, *extra.items(), (HOP, self.gateway.hop))
-
-    async def _key(self, provider: Entity) -> Key:
-        name = provider.wish.api_key_secret_name
-        try:
-            secret = await self.secret(Ref(provider.workspace, name)) if name else None
-        except NotFound:
-            secret = None
-        except NimhostError as error:
-            return Key(problem=error.in_full)
-        return provider_key(provider, secret)
 
 
 def host_facts(settings: Settings, directory: Path) -> HostFacts:
@@ -353,9 +299,10 @@ async def _serve(settings: Settings, directory: Path) -> None:
         await seed(store)
         containers = DockerContainers(settings.docker.host or None)
         gpus = SimulatedGpus(settings.gpus.simulated) if settings.gpus.simulated else NvmlGpus()
-        daemon = Daemon(settings, directory, store, vault, containers, gpus, tokens)
+        registries = None if settings.weights.offline else Registries()
+        daemon = Daemon(settings, directory, store, vault, containers, gpus, tokens, registries)
         try:
-            await daemon.recall()
+            await daemon.router.recall()
             preload()
             settle()
             with watching():

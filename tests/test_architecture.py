@@ -13,8 +13,8 @@ PURE = [
     "models", "deployments.actions", "deployments.adapters", "deployments.alone", "deployments.desired",
     "deployments.driver", "deployments.explain", "deployments.fit", "deployments.labels", "deployments.model_list",
     "deployments.need", "deployments.observed", "deployments.oom", "deployments.placement", "deployments.plan",
-    "deployments.preflight", "deployments.retry", "deployments.roll", "deployments.shelf", "deployments.situation",
-    "deployments.storage",
+    "deployments.preflight", "deployments.retry", "deployments.roll", "deployments.room", "deployments.shelf",
+    "deployments.situation", "deployments.storage",
     "gateway.routes", "gateway.paths", "gateway.headers", "gateway.bodies", "gateway.replies",
     "gateway.metrics", "gateway.relabel", "gateway.translate", "gateway.usage", "api.decode", "api.show",
     "api.schemas", "api.openapi_kinds", "api.openapi_others", "api.access", "api.own_address",
@@ -47,8 +47,8 @@ BESIDE = {
 IMPORTERS = {
     "aiosqlite": ["store"], "click": ["cli"], "cryptography": ["host.vault"], "docker": ["host.containers"],
     "httptools": ["gateway.connection", "gateway.front"],
-    "httpx": ["client", "deployments.adapter_calls", "deployments.discovery", "deployments.probe"],
-    "huggingface_hub": ["host.weights.child"], "jinja2": ["auth_header", "models.chat_template"],
+    "httpx": ["client", "deployments.adapter_calls", "deployments.discovery", "deployments.probe", "host.registry"],
+    "huggingface_hub": ["host.weights.xet"], "jinja2": ["auth_header", "models.chat_template"],
     "prometheus_client": ["api.metrics"], "pynvml": ["host.gpus"], "rich": ["cli"],
     "starlette": ["api"], "uvicorn": ["listening"], "uvloop": ["daemon"],
 }  # fmt: skip

@@ -21,6 +21,7 @@ from nimhost.config import Gpus as GpuSettings
 from nimhost.config import Weights as WeightsSettings
 from nimhost.daemon import Daemon
 from nimhost.host.gpus import SimulatedGpus
+from nimhost.host.registry import Registries
 from nimhost.host.vault import Vault
 from nimhost.store import Store
 from tests.fakes.containers import FakeContainer, FakeContainers
@@ -49,6 +50,8 @@ class World:
         self.docker = FakeContainers(images=[IMAGE])
         self.docker.on_start, self.docker.on_stop = self._start_engine, self._stop_engine
         self.gpus = SimulatedGpus(simulated)
+        self.registries: Registries | None = None
+        """Who is asked about images that are to be pulled; None: nobody, and nothing is known about them."""
         self.faults = Faults()
         """Of every engine that starts from now on."""
         self.engines: dict[str, FakeEngine] = {}
@@ -71,10 +74,12 @@ class World:
     async def start(self) -> None:
         self._store = await Store.open(self.directory / "nimhost.db")
         vault = Vault.load(self.directory / "key")
-        self.daemon = Daemon(self.settings, self.directory, self._store, vault, self.docker, self.gpus)
+        self.daemon = Daemon(
+            self.settings, self.directory, self._store, vault, self.docker, self.gpus, registries=self.registries
+        )
         app: Any = self.daemon.app()
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1:8080")
-        await self.daemon.recall()
+        await self.daemon.router.recall()
         self._running = asyncio.create_task(self.daemon.run())
         await asyncio.wait_for(self.daemon.first_look.wait(), 5)
 

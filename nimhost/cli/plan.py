@@ -9,7 +9,7 @@ import click
 from nimhost.cli.entities import entities_for
 from nimhost.cli.gpus import gib
 from nimhost.cli.model_options import complete_model, in_flags, model_options, options_of, speaking_of_flags
-from nimhost.cli.options import address_options, format_option, open_client, output_format
+from nimhost.cli.options import address_options, format_option, open_client, output_format, retyped
 from nimhost.cli.output import FORMATS, print_value
 from nimhost.cli.target import read_target
 
@@ -49,7 +49,7 @@ def plan(model: str, **asked: Any) -> None:
         found = client.send(Request(method="POST", path="/apis/nimhost/v1/plan", body=body))
     wanted = output_format(*FORMATS)
     if wanted == "table":
-        click.echo("\n".join(lines_of(model, found)))
+        click.echo(retyped("\n".join(lines_of(model, found))))
     else:
         print_value(found, wanted)
     if found["verdict"] == "refused":
@@ -110,6 +110,8 @@ def _disk(place: dict[str, Any]) -> str | None:
     if place["here"]:
         return f"Disk, {place['what']}: here already" if place["what"] == "image" or place["path"] else None
     needed = gib(place["needed_bytes"]) if place["needed_bytes"] else "size not known"
+    if fetched := place.get("download_bytes"):
+        needed += f" ({gib(fetched)} to download)"
     free = f", {gib(place['free_bytes'])} free at {place['path']}" if place["free_bytes"] is not None else ""
     return f"Disk, {place['what']}: {needed}{free}"
 

@@ -148,6 +148,8 @@ def _prepare(s: Situation) -> Verdict | None:  # 11
     weights = d.weights is not None and s.observed.weights.get(d.ref) is None
     if not (image or weights):
         return None
+    if image and d.ref in s.observed.asking:  # it may be refused before a byte of it is here
+        return s.verdict("PENDING", f"Asking the registry of image {d.image} what it is.")
     action = Prepare(image, weights, d.hash)
     return s.verdict("PENDING", preparing(d, action), action)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -16,6 +15,7 @@ from nimhost.config import Settings
 from nimhost.deployments.actions import Halt, Prepare, Remove, Start
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.labels import Labels, container_name
+from nimhost.deployments.logins import NGC_REGISTRY, Secret, ngc_login
 from nimhost.deployments.observe import Observer, resolved_image
 from nimhost.deployments.repos import repo_of
 from nimhost.deployments.resolve import Resolver
@@ -29,14 +29,6 @@ from nimhost.host.weights import Weights, WeightsProgress
 from nimhost.host.weights.cache import write_atomically
 from nimhost.refs import Ref
 from nimhost.runs import Run
-
-log = logging.getLogger(__name__)
-
-NGC_REGISTRY = "nvcr.io"
-NGC_USER = "$oauthtoken"
-
-Secret = Callable[[Ref], Awaitable[str]]
-"""The value of a secret; raises NotFound."""
 
 
 class Progress(Struct, frozen=True, kw_only=True):
@@ -159,12 +151,7 @@ class Executor:
         return found
 
     async def _pull(self, d: Desired) -> None:
-        auth = None
-        if d.image.startswith(f"{NGC_REGISTRY}/"):
-            try:
-                auth = (NGC_USER, await self._secret(Ref("system", "ngc-api-key")))
-            except NotFound:
-                log.info("%s: pulling %s without an NGC API key", d.ref, d.image)
+        auth = await ngc_login(d.image, self._secret)
         stall_timeout_s = self._settings.docker.pull_stall_timeout_s
         try:
             await self._containers.pull(d.image, auth, lambda step: self._report(d.ref, image=step), stall_timeout_s)

@@ -129,7 +129,8 @@ def _disk(d: Desired, observed: Observed) -> list[Json]:
             "what": "image",
             "here": image_here,
             "path": room.images_path if room else None,
-            "needed_bytes": 0 if image_here else image_needed(d) or None,
+            "needed_bytes": 0 if image_here else image_needed(d, observed) or None,
+            "download_bytes": observed.downloads.get(d.ref) or None,
             "free_bytes": room.images_free_bytes if room else None,
         },
     ]
@@ -140,8 +141,10 @@ def _checks(d: Desired, observed: Observed) -> list[Json]:
     required = observed.requires.get(d.ref)
     driver = f"driver {observed.driver}, CUDA {observed.cuda}" if observed.driver else "no driver was found"
     needs = "what the image needs is known once it is here" if required is None else required or "nothing is asked"
+    made_for, machine = observed.made_for.get(d.ref), observed.machine
     new_enough = too_old(required or "", observed.driver, observed.cuda) is None
     return [
         {"what": "Docker can hand out GPUs", "ok": observed.gives_gpus if d.gpus else None},
         {"what": f"NVIDIA driver: {driver}; {needs}", "ok": None if not (d.gpus and required) else new_enough},
+        *([{"what": f"Image is made for {made_for}", "ok": made_for == machine}] if made_for and machine else []),
     ]

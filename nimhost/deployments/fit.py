@@ -141,14 +141,21 @@ def gpus_needed(order: Order, ask: Ask, gpu_bytes: int) -> int | None:
     return found[0] if found else None
 
 
-def _fewest(order: Order, ask: Ask, gpu_bytes: int) -> tuple[int, Fit] | None:
+def _fewest(order: Order, ask: Ask, gpu_bytes: int) -> tuple[int, Fit, str] | None:
+    """(GPUs, how it fits on them, the argument that this takes)."""
     spec = order.model.spec if order.model else None
     for gpus in range(1, MOST_GPUS + 1):
         split = replace(ask, tensor_parallel=1, pipeline_parallel=1) if gpus == 1 else _split(order, ask, gpus)
-        found = fit(spec, split, gpu_bytes) if spec and split else None
-        if found and found.fits:
-            return gpus, found
+        for way, said in ((split, ""), _deeper(order, ask, gpus)):
+            found = fit(spec, way, gpu_bytes) if spec and way else None
+            if found and found.fits:
+                return gpus, found, said
     return None
+
+
+def _how(fewest: tuple[int, Fit, str]) -> str:
+    gpus, _, said = fewest
+    return f" (--gpu {gpus}{said})" if said else ""
 
 
 def advice(order: Order, ask: Ask, found: Fit, totals_bytes: Sequence[int]) -> str:
@@ -226,9 +233,9 @@ def _what_it_takes(order: Order, ask: Ask, found: Fit) -> str:
         _fewest(order, ask, found.gpu_bytes),
         _fewest(order, replace(ask, max_model_len=0), found.gpu_bytes),
     )
-    takes = f"It takes {whole[0]} GPUs of {each}" if whole else f"It does not fit on GPUs of {each}"
+    takes = f"It takes {whole[0]} GPUs of {each}{_how(whole)}" if whole else f"It does not fit on GPUs of {each}"
     if shorter and (whole is None or shorter[0] < whole[0]) and shorter[1].largest_model_len >= USEFUL_LEN:
-        takes += f", or {shorter[0]} with a context of {shorter[1].largest_model_len} tokens"
+        takes += f", or {shorter[0]}{_how(shorter)} with a context of {shorter[1].largest_model_len} tokens"
     quarter = fit(spec, replace(ask, weight_bits=5, max_model_len=USEFUL_LEN), found.gpu_bytes)
     if quarter and quarter.fits and quarter.weights_bytes < found.weights_bytes:
         takes += f", or a version of the model in 4 bits (about {gib(quarter.weights_bytes)} GiB of weights)"

@@ -13,6 +13,7 @@ from nimhost.deployments.driver import requirement
 from nimhost.deployments.gpu_use import Claim, by_uuid, claims_of, slots_of
 from nimhost.deployments.labels import Labels, read_labels
 from nimhost.deployments.observed import Instance, Located, Observed, url_of
+from nimhost.deployments.offers import Offers
 from nimhost.deployments.placement import released
 from nimhost.deployments.probe import Prober, Target
 from nimhost.deployments.readings import Readings
@@ -42,6 +43,7 @@ class Observer:
         owner: str,
         files_root: Path,
         is_busy: Callable[[str], bool],
+        offers: Offers,
     ) -> None:
         """`is_busy`: whether requests are under way to an engine at that address."""
         self._containers = containers
@@ -52,6 +54,7 @@ class Observer:
         self._owner = owner
         self._files_root = files_root
         self._is_busy = is_busy
+        self._offers = offers
         self._readings = Readings(containers, weights.cache_dir, owner)
         self._log_tails: dict[str, str] = {}
         self.unowned: frozenset[str] = frozenset()
@@ -83,6 +86,9 @@ class Observer:
         """What `d` would find if it were to start now. Never raises: without Docker it says so, and all the rest."""
         try:
             found = await self._complete((), claims_of(await self._containers.list()), (d,))
+            if found.asking:
+                await self._offers.settled()
+                found = self._with_offers(found, [d])
             # Its own engine is no obstacle: it would make room.
             return replace(found, gpus=tuple(released(slot, str(d.ref)) for slot in found.gpus))
         except DockerUnavailable as error:
@@ -128,12 +134,28 @@ class Observer:
         try:
             gives_gpus = await self._readings.gives_gpus() if any(d.gpus for d in starting) else None
             engine = await self._readings.engine()
-            found = replace(found, gives_gpus=gives_gpus, docker=engine.version, machine=engine.architecture)
-            return replace(found, rooms=await self._readings.rooms(lacking))
+            found = replace(
+                found, gives_gpus=gives_gpus, docker=engine.version, machine=engine.architecture,
+                keeps_packed=engine.keeps_packed, rooms=await self._readings.rooms(lacking),
+            )  # fmt: skip
+            return self._with_offers(found, lacking)
         except DockerUnavailable:
             raise
         except HostError:
             return found  # who needs them meets the same, and there it has consequences
+
+    def _with_offers(self, found: Observed, lacking: Iterable[Desired]) -> Observed:
+        """And what registries say about the images that are still to be pulled."""
+        wanted = [d for d in lacking if found.images[d.ref] is None and d.image and not _given_up(d)]
+        answers = {d.ref: self._offers.of(d.image, found.machine) for d in wanted if found.machine}
+        offers = {ref: offer for ref, (offer, _) in answers.items() if offer}
+        return replace(
+            found,
+            requires={**found.requires, **{ref: requirement(offer.env) for ref, offer in offers.items()}},
+            made_for={**found.made_for, **{ref: offer.architecture for ref, offer in offers.items()}},
+            downloads={ref: offer.download_bytes for ref, offer in offers.items()},
+            asking=frozenset(ref for ref, (_, awaited) in answers.items() if awaited),
+        )
 
     def _ours(self, container: Container) -> Labels | None:
         labels = read_labels(container.labels)
@@ -248,6 +270,10 @@ def weights_problem(directory: Path) -> str | None:
 def resolved_image(d: Desired) -> str:
     """The image this wish was resolved to when it first started, else the name it asks for."""
     return d.run.image_id or d.image
+
+
+def _given_up(d: Desired) -> bool:
+    return d.run.failure is not None and d.run.failure.final
 
 
 def _runs(d: Desired, instances: tuple[Instance, ...]) -> bool:

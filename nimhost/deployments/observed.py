@@ -103,7 +103,9 @@ class Room(Struct, frozen=True, kw_only=True):
     weights_there_bytes: int = 0
     """What of the weights is here already, verified or not."""
     promised_bytes: int = 0
-    """What other downloads in flight will still write beside them."""
+    """What other downloads will still write beside them."""
+    fetching: bool = False
+    """A download of these very weights is in flight, and counts among what others see as promised."""
     images_path: str = ""
     images_free_bytes: int | None = None
     same: bool = False
@@ -137,9 +139,15 @@ class Observed(Struct, frozen=True, kw_only=True):
     """Id of the image that a deployment wants; None when it is not on this machine."""
     weights: Mapping[Ref, Located | None] = {}
     requires: Mapping[Ref, str] = {}
-    """What the image says about the driver it needs (`NVIDIA_REQUIRE_CUDA`), once it is on this machine."""
+    """What the image says about the driver it needs (`NVIDIA_REQUIRE_CUDA`), here or at its registry."""
     made_for: Mapping[Ref, str] = {}
-    """The CPUs that the image is made for, in Docker's words (`amd64`, `arm64`), once it is on this machine."""
+    """The CPUs that the image is made for, in Docker's words (`amd64`, `arm64`), as it says itself, or its registry."""
+    downloads: Mapping[Ref, int] = {}
+    """Bytes that a pull of the image fetches, as its registry says."""
+    asking: frozenset[Ref] = frozenset()
+    """Whose image is not here, and its registry is just being asked what it is."""
+    keeps_packed: bool = False
+    """Docker keeps what it pulls as it came, beside what it unpacked of it."""
     machine: str = ""
     """The CPUs that Docker's machine has, in the same words; empty: not known."""
     rooms: Mapping[Ref, Room] = {}

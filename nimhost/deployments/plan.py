@@ -11,13 +11,13 @@ For each deployment the first rule that matches wins:
  8. running, not healthy -> PENDING; too long -> stop it and count it
  9. a reference needed to start is missing -> ERROR with its name
 10. the preflight says that it cannot run here -> ERROR with the sum and the fix
-11. image or weights absent -> Prepare
+11. image or weights absent -> Prepare, as soon as the registry of the image has been asked about it
 12. GPUs short, or others waited longer -> PENDING, naming the holder
 13. -> Start
 
 Rules 5 to 13 are in `alone.py`. Laws: without a complete container list nothing is done; what was decided counts as
-real (actions in flight hold their GPUs); at most one action per deployment; who began to wait first is served first,
-also when a small one would fit.
+real (actions in flight hold their GPUs, and the room on disk for the weights they fetch); at most one action per
+deployment; who began to wait first is served first, also when a small one would fit.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from nimhost.deployments.observed import GpuSlot, Instance, Observed
 from nimhost.deployments.placement import kept_for, reserved
 from nimhost.deployments.retry import Limits
 from nimhost.deployments.roll import first_in_line, roll, soon_again
+from nimhost.deployments.room import beside, coming
 from nimhost.deployments.situation import Situation, Verdict, preparing, removal, routable, starting
 from nimhost.entities import Status
 from nimhost.refs import Ref
@@ -50,13 +51,14 @@ def plan(
     wanted = sorted(desired, key=_queue_key)
     slots = _occupied(observed, wanted, in_flight)
     kept = {d.ref: (d, d.run.kept_gpus) for d in wanted if d.run.kept_gpus and not (d.stopped or d.deleting)}
+    fetched = _fetched(observed, wanted, in_flight)
     ahead: Ref | None = None
     verdicts = []
     for d in wanted:
         verdict = decide(
             Situation(
                 desired=d,
-                observed=replace(observed, gpus=_others_kept(slots, kept, d)),
+                observed=replace(observed, gpus=_others_kept(slots, kept, d), rooms=beside(fetched, d, observed)),
                 limits=limits,
                 now=now,
                 run=d.run,
@@ -65,6 +67,8 @@ def plan(
                 in_flight=in_flight.get(d.entity.id),
             )
         )
+        if isinstance(verdict.action, Prepare) and verdict.action.weights:
+            fetched |= coming(d, observed)
         if isinstance(verdict.action, Start):
             slots = _taken(slots, verdict.action, d)
         elif verdict.run.waiting_since and ahead is None:
@@ -86,9 +90,10 @@ def orphans(instances: Iterable[Instance], desired: Iterable[Desired]) -> list[s
 def decide(s: Situation) -> Verdict:
     """The rules of the module docstring, under their numbers."""
     verdict = next(verdict for rule in _RULES if (verdict := rule(s)) is not None)
-    if verdict.status in ("READY", "ERROR"):  # who serves, or has given up, keeps no GPUs from others
-        return replace(verdict, run=replace(verdict.run, replaced_at=0.0, kept_gpus=()))
-    return verdict
+    run, leaving = verdict.run, s.desired.deleting or s.desired.stopped
+    if leaving or verdict.status in ("READY", "ERROR"):  # who leaves, serves, or has given up keeps no GPUs from others
+        run = replace(run, replaced_at=0.0, kept_gpus=(), waiting_since=0.0 if leaving else run.waiting_since)
+    return replace(verdict, run=run)
 
 
 def _in_flight(s: Situation) -> Verdict | None:  # 1
@@ -146,8 +151,7 @@ def _stopped(s: Situation) -> Verdict | None:  # 3
     if not s.desired.stopped:
         return None
     message = f"Stopped. Start it with: nimhost start {s.desired.ref.name}" if not s.instances else STOPPING
-    run = replace(s.run.forgiven(), replaced_at=0.0, kept_gpus=())
-    return s.verdict("PENDING", message, removal(s.instances), run)
+    return s.verdict("PENDING", message, removal(s.instances), s.run.forgiven())
 
 
 def _brought_up(s: Situation) -> Verdict:  # 4 to 13
@@ -161,12 +165,24 @@ def _rolls(s: Situation) -> bool:
 _RULES = (_in_flight, _deleting, _docker_away, _stopped, _brought_up)
 
 
-# --- who has which GPU ---------------------------------------------------------------------------------------------
+# --- who has which room, and which GPU ------------------------------------------------------------------------------
 
 
 def _queue_key(d: Desired) -> tuple[float, str, str]:
     waiting = d.status.run.waiting_since or float("inf")
     return (waiting, d.entity.created_at, d.entity.id)
+
+
+def _fetched(
+    observed: Observed, wanted: Iterable[Desired], in_flight: Mapping[str, Action]
+) -> dict[tuple[str, str, str], int]:
+    """What was decided to be fetched, whoever it is for."""
+    found: dict[tuple[str, str, str], int] = {}
+    for d in wanted:
+        action = in_flight.get(d.entity.id)
+        if isinstance(action, Prepare) and action.weights:
+            found |= coming(d, observed)
+    return found
 
 
 def _occupied(observed: Observed, wanted: Iterable[Desired], in_flight: Mapping[str, Action]) -> tuple[GpuSlot, ...]:

@@ -13,13 +13,15 @@ from nimhost.deployments.fit import fit_on, gib, refusal
 from nimhost.deployments.observed import GpuSlot, Observed, Room
 from nimhost.deployments.storage import HubWeights
 from nimhost.engines.numbers import tokens
-from nimhost.engines.order import Order, repository_name
+from nimhost.engines.order import Order
 from nimhost.engines.parallel import given, value_of
 from nimhost.errors import BadRequest
 from nimhost.models.memory import BLOCK, GIB
 
-IMAGE_BYTES = {"vllm-openai": 29_000_000_000}
-"""What images take on disk, about: a registry does not say before a pull (vLLM pull request 22377: 28.6 GB)."""
+UNPACKED = 2
+"""Images of CUDA libraries take at least so many times on disk what registries send of them: vLLM's is sent as 12 GB
+(https://github.com/vllm-project/vllm/issues/27154) and takes 28.6 (https://github.com/vllm-project/vllm/pull/22377).
+The low end, so that only what surely lacks room is refused."""
 NO_RUNTIME = (
     "Docker cannot give GPUs to containers on this machine.\n"
     "Install the NVIDIA container toolkit, then run: "
@@ -183,7 +185,7 @@ def _no_room(d: Desired, observed: Observed) -> str | None:
     if room is None:
         return None
     weights = weights_needed(d, room) if observed.weights.get(d.ref) is None else 0
-    image = image_needed(d) if observed.images.get(d.ref) is None else 0
+    image = image_needed(d, observed) if observed.images.get(d.ref) is None else 0
     demands = [
         ("weights", weights, room.weights_free_bytes, room.weights_path),
         (f"image {d.image}", image, room.images_free_bytes, room.images_path),
@@ -195,11 +197,12 @@ def _no_room(d: Desired, observed: Observed) -> str | None:
         if free is not None and needed > free - promised:
             others = f", of which {gib(promised)} are promised to other downloads" if promised else ""
             found = f"about {gib(needed)} GiB at {path}, {gib(free)} are free{others}"
-            return f"No room for the {what}: {found}.\n{_MAKE_ROOM}"
+            return f"No room for the {what}: {found}.\n{_MAKE_ROOM}{_ANYWAY if image else ''}"
     return None
 
 
 _MAKE_ROOM = "Make room (nimhost weights prune, docker image prune), or set [weights] cache_dir to another disk."
+_ANYWAY = " To try anyway, since layers that other images share take no room again: --force"
 
 
 def weights_needed(d: Desired, room: Room) -> int:
@@ -210,6 +213,8 @@ def weights_needed(d: Desired, room: Room) -> int:
     return max(0, spec.memory.disk_bytes - room.weights_there_bytes)
 
 
-def image_needed(d: Desired) -> int:
-    """Bytes that the image will take, about; 0 where that is not known."""
-    return IMAGE_BYTES.get(repository_name(d.image), 0)
+def image_needed(d: Desired, observed: Observed) -> int:
+    """Bytes that the image will take, about: unpacked, and where Docker keeps that too, as it came
+    (https://docs.docker.com/engine/storage/containerd/). 0 where its registry does not say its size.
+    """
+    return observed.downloads.get(d.ref, 0) * (UNPACKED + observed.keeps_packed)

@@ -20,6 +20,8 @@ class EngineFacts(Struct, frozen=True, kw_only=True):
     api_version: str
     root_dir: str
     """Where it keeps images and containers: the file system that a pull fills."""
+    keeps_packed: bool = False
+    """It keeps the layers of images as they came, beside what it unpacked of them."""
     architecture: str
     """The CPUs of its machine, as Docker calls them: `amd64`, `arm64`; empty: it does not say."""
     nvidia_runtime: bool | None
@@ -116,6 +118,10 @@ class Containers(Protocol):
 
     async def image(self, name: str) -> Image | None:
         """By name, digest or id; None if it is not on this machine."""
+        ...
+
+    async def login(self, name: str) -> tuple[str, str] | None:
+        """(user, password) of the user's `docker login` to the registry of an image; None without one."""
         ...
 
     async def pull(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import requests
 import urllib3
-from docker import APIClient
+from docker import APIClient, auth
 from docker.errors import APIError, DockerException
 from docker.errors import NotFound as NotInDocker
 from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
@@ -121,6 +121,9 @@ class DockerContainers:
         return await self._call(lambda client: _image(client, name))
 
     # --- images ----------------------------------------------------------------------------------------------------
+
+    async def login(self, name: str) -> tuple[str, str] | None:
+        return await self._call(lambda _: _login(name))
 
     async def pull(
         self,
@@ -339,6 +342,17 @@ def _image(client: APIClient, name: str) -> Image | None:
         return replies.image(name, client.inspect_image(name))
     except NotInDocker:
         return None
+
+
+def _login(name: str) -> tuple[str, str] | None:
+    """From the user's configuration of Docker, or the helper that it names."""
+    try:
+        found = auth.load_config().resolve_authconfig(auth.resolve_repository_name(name)[0]) or {}
+    except (DockerException, ValueError):
+        return None
+    given = {key.lower(): value for key, value in found.items()}
+    user, password = given.get("username"), given.get("password")
+    return (user, password) if user and password else None
 
 
 def _create(client: APIClient, name: str | None, body: replies.Json) -> str:

@@ -13,20 +13,31 @@ Json = Mapping[str, Any]
 
 
 CONNECTED = ContainerEvent(kind="engine", action="connected")
+_CONTAINERD = ("/run/containerd/containerd.sock", "/var/run/containerd/containerd.sock")
+_CONTAINERD_DIR = "/var/lib/containerd"
 _NOT_LABELS = {"image", "name", "exitCode", "signal", "execDuration", "oldName"}
 
 
 def engine_facts(version: Json, info: Json) -> EngineFacts:
     """From `/version` and `/info`."""
     devices = [device.get("ID", "") for device in info.get("DiscoveredDevices") or ()]
+    packed = ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or ())
     listed = "nvidia" in (info.get("Runtimes") or {}) or any(d.startswith("nvidia.com/gpu") for d in devices)
     return EngineFacts(
         version=version["Version"],
         api_version=version["ApiVersion"],
-        root_dir=info.get("DockerRootDir", ""),
+        root_dir=_images_dir(info) if packed else info.get("DockerRootDir", ""),
+        keeps_packed=packed,
         architecture=version.get("Arch") or "",
         nvidia_runtime=True if listed else None,
     )
+
+
+def _images_dir(info: Json) -> str:
+    """Of an engine whose images are kept by containerd: that of the system has a directory of its own
+    (https://docs.docker.com/engine/storage/containerd/)."""
+    address = (info.get("Containerd") or {}).get("Address") or ""
+    return _CONTAINERD_DIR if address in _CONTAINERD else info.get("DockerRootDir", "")
 
 
 def image(name: str, reply: Json) -> Image:

@@ -38,6 +38,7 @@ class DaemonProcess:
             "NIMHOST_WEIGHTS__CACHE_DIR": str(directory / "weights"),
             "NIMHOST_DEPLOYMENTS__RESTART_BACKOFF_S": "0.2",
             "NIMHOST_DOCKER__STOP_TIMEOUT_S": "3",
+            "HTTPS_PROXY": "http://127.0.0.1:9",  # no registry outside is asked about an image
             **env,
         }
         self.log = directory / "daemon.log"

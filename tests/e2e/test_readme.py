@@ -15,9 +15,10 @@ from tests.fakes.hub import FakeHub
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-ELSEWHERE = ("scripts/", "pip install .", "nimhost serve")
-"""Run by CI itself (scripts/test), by hand and by other tests (scripts/demo), and by the fixture (serve)."""
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
+ELSEWHERE = "scripts/"
+"""Blocks that begin so are run by CI itself (test), by hand (demo), and by demo and the fixture (install, serve)."""
 
 
 @pytest.mark.docker
@@ -46,11 +47,19 @@ def test_the_three_minutes(make_daemon: MakeDaemon, gpu_requests: None, fake_eng
     assert daemon.deployment("qwen-qwen3-1-7b") is None
 
 
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`nimhost ([a-z -]+?)(?: [A-Z].*?)?`", README))))
+def test_the_commands_it_names_exist(command: str) -> None:
+    words = [word for word in command.split() if word != "--help"]
+    done = subprocess.run(
+        [sys.executable, "-m", "nimhost", *words, "--help"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "Usage: " in done.stdout) == (0, True), done.stderr
+
+
 def test_the_scripts_it_names_exist() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for script in re.findall(r"scripts/\w+", readme):
+    for script in re.findall(r"scripts/\w+", README):
         assert os.access(ROOT / script, os.X_OK), script
-    for path in re.findall(r"`([a-z_/]+(?:\.py|/))`", readme):
+    for path in re.findall(r"`([a-z_/]+(?:\.py|/))`", README):
         found = [p for p in (ROOT / "nimhost").rglob(path.rstrip("/")) if p.exists()] or list(
             (ROOT / "nimhost").glob(path)
         )

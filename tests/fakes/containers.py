@@ -85,6 +85,8 @@ class FakeContainers:
         """Called when a container starts; returns the port where it really listens."""
         self.on_stop: StopHook = lambda container: None
         """Called when it has ended, however."""
+        self.login_of: dict[str, tuple[str, str]] = {}
+        """Registry -> the user's `docker login` there."""
         self.pull_hangs = False
         self.pull_error: NimhostError | None = None
         self.pull_auth: tuple[str, str] | None = None
@@ -97,6 +99,7 @@ class FakeContainers:
         self.start_held.set()
         self.refused_limits: set[str] = set()
         self.gpu_runtime = True
+        self.keeps_packed = False
         self._away = False
         self._ids = count(1)
         self._ports = count(49153)
@@ -140,8 +143,9 @@ class FakeContainers:
     async def facts(self) -> EngineFacts:
         await self._call("facts")
         return EngineFacts(
-            version="0.0.fake", api_version="1.41", root_dir="/", architecture="amd64", nvidia_runtime=None
-        )
+            version="0.0.fake", api_version="1.41", root_dir="/", architecture="amd64", nvidia_runtime=None,
+            keeps_packed=self.keeps_packed,
+        )  # fmt: skip
 
     async def hands_out_gpus(self, owner: str = "") -> bool:
         await self._call("hands_out_gpus")
@@ -154,6 +158,10 @@ class FakeContainers:
     async def image(self, name: str) -> Image | None:
         await self._call("image")
         return self._image(name)
+
+    async def login(self, name: str) -> tuple[str, str] | None:
+        await self._call("login")
+        return self.login_of.get(name.partition("/")[0])
 
     async def pull(
         self,
