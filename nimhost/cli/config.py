@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import click
 
 from nimhost import __version__
-from nimhost.cli.options import format_option, output_format, settings
+from nimhost.cli.options import format_option, output_format, read_secret, settings
 from nimhost.cli.output import FORMATS, print_table, print_value
 from nimhost.client import settings as client_settings
 
@@ -30,7 +29,7 @@ def config() -> None:
 @config.command("set")
 @click.option("--base-url", metavar="URL", help="Where nimhost listens.")
 @click.option("-w", "--workspace", metavar="NAME", help="Workspace to work in.")
-@click.option("--access-token", metavar="TOKEN", help="API token; '-' reads it from standard input.")
+@click.option("--access-token", metavar="TOKEN", help="API token; '-' asks for it, or reads a pipe.")
 @click.option("-f", "--output-format", type=click.Choice(FORMATS), help="How to print results.")
 def set_(**given: str | None) -> None:
     """Store settings; an empty value removes one.
@@ -46,7 +45,7 @@ def set_(**given: str | None) -> None:
     if changes.get("base_url"):
         changes["base_url"] = client_settings.check_url(changes["base_url"])
     if changes.get("access_token") == "-":
-        changes["access_token"] = sys.stdin.read().strip()
+        changes["access_token"] = read_secret("API token").strip()
     path = client_settings.settings_path(os.environ)
     client_settings.write_stored(path, changes)
     click.echo(f"Stored in {path}")

@@ -11,7 +11,7 @@ import click
 
 from nimhost.cli.entities import Wanted, differences, entities_for
 from nimhost.cli.model_options import complete_model, model_options, options_of, speaking_of_flags
-from nimhost.cli.options import address_options, format_option, open_client
+from nimhost.cli.options import address_options, format_option, open_client, timeout_option
 from nimhost.cli.target import read_target
 from nimhost.errors import AlreadyExists, BadRequest, Conflict, NimhostError, NotFound
 
@@ -30,7 +30,7 @@ BROKEN = ("ERROR", "LOST")
 @click.option("--refresh", is_flag=True, help="Start it anew even if nothing changed: with this nimhost's defaults.")
 @click.option("--force", is_flag=True, help="Try it although the sum says that it does not fit.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is ready.")
-@click.option("--timeout", "timeout_s", type=float, metavar="SECONDS", help="Wait no longer than this (exit 1).")
+@timeout_option()
 @format_option("table", "json", "yaml", "raw")
 @address_options
 def deploy(
@@ -192,6 +192,7 @@ def _find(client: Client, want: Wanted, name: str) -> Any:
     try:
         found = getattr(client, want.resource).get(name)
         if found.get("status") in ("DELETING", "DELETED"):
+            click.echo(f"{name} is being removed: waiting until it is gone.", err=True)
             return client.deployments.wait(name, "DELETED")
         return found
     except NotFound:

@@ -28,13 +28,19 @@ def gpus() -> None:
 
     with open_client() as client:
         found: list[dict[str, Any]] = client.send(Request(path="/apis/nimhost/v1/gpus"))["data"]
+        why = "" if found else _why_none(client.send(Request(path="/status")))
     wanted = output_format(*FORMATS)
     if wanted != "table":
         print_value(found, wanted)
     elif found:
         print_table(HEADERS, [row for gpu in found for row in rows_of(gpu)])
     else:
-        click.echo("No GPUs were found. Why: nimhost serve says so when it starts; models run without: --gpu 0")
+        click.echo(f"There are no GPUs{why}. To deploy without one: --gpu 0")
+
+
+def _why_none(status: dict[str, Any]) -> str:
+    said = [one["message"] for one in status["services"]["not_ready"] if one["name"] == "gpus"]
+    return f": {said[0].rstrip('.')}" if said else ""
 
 
 def rows_of(gpu: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from nimhost.cli.entities import MADE_BY
-from nimhost.cli.options import address_options, complete_deployment, open_client, show_error
+from nimhost.cli.options import (
+    address_options,
+    complete_deployment,
+    format_option,
+    open_client,
+    retyped,
+    show_error,
+)
+from nimhost.cli.output import FORMATS
+from nimhost.cli.wait_inference import show
 from nimhost.errors import Conflict, NimhostError, NotFound
 
 if TYPE_CHECKING:
@@ -35,12 +44,13 @@ def stop(names: tuple[str, ...]) -> None:
 
 def _stop(client: Client, name: str) -> None:
     client.deployments.stop(name)
-    click.echo(f"Stopping {name}. Start it again with: nimhost start {name}")
+    click.echo(retyped(f"Stopping {name}. Start it again with: nimhost start {name}"))
 
 
 @click.command()
 @names_argument
 @click.option("--no-wait", is_flag=True, help="Do not wait until they are ready.")
+@format_option(*FORMATS)
 @address_options
 def start(names: tuple[str, ...], no_wait: bool) -> None:
     """Start stopped deployments, or try failed ones again.
@@ -60,6 +70,7 @@ def start(names: tuple[str, ...], no_wait: bool) -> None:
 def _start(client: Client, name: str, no_wait: bool) -> Outcome:
     """Says what became of it where nobody waits to see."""
     from nimhost.cli.deploy import revive
+    from nimhost.cli.progress import show_result
 
     outcome: Outcome
     before = client.deployments.get(name)
@@ -70,7 +81,7 @@ def _start(client: Client, name: str, no_wait: bool) -> Outcome:
     else:
         outcome, said = "started", "{} is starting already. Follow it with: nimhost wait {}"
     if no_wait:
-        click.echo(said.format(name, name))
+        show_result(client, name, lambda: said.format(name, name))
     return outcome
 
 
@@ -98,36 +109,53 @@ def _remove(client: Client, name: str, keep_config: bool, no_wait: bool) -> None
     except NotFound as error:
         missing = error
     if missing is None and no_wait:
-        click.echo(f"Removing {name}. Follow it with: nimhost wait {name} --status DELETED")
+        click.echo(retyped(f"Removing {name}. Follow it with: nimhost wait {name} --status DELETED"))
         return
     if missing is None:
         _await_removal(client, name, keep_config)
-    leftovers = [] if keep_config else remove_leftovers(client, name)
+    leftovers, needed = ([], []) if keep_config else remove_leftovers(client, name)
     if missing is not None and not leftovers:
         raise missing
     click.echo(f"Removed {name}" + (f" and its {', '.join(leftovers)}." if leftovers else "."))
+    if needed:
+        said = f"Its model and fileset stay, for the adapters on it: {', '.join(needed)}. To remove all of them:"
+        click.echo(retyped(f"{said} nimhost models delete {name} && nimhost files filesets delete {name}"), err=True)
 
 
 def _await_removal(client: Client, name: str, keep_config: bool) -> None:
+    told: list[Any] = []
+
+    def tell(entry: Any) -> None:
+        if told:  # the first says no more than what was typed
+            show(entry, err=True)
+        told.append(entry)
+
     try:
-        client.deployments.wait(name, "DELETED")
+        client.deployments.wait(name, "DELETED", on_entry=tell)
     except KeyboardInterrupt:
         rest = "" if keep_config else f" Its config, model and fileset stay; to remove them too: nimhost rm {name}"
-        click.echo(f"\n{name} goes on being removed.{rest}", err=True)
+        click.echo(retyped(f"\n{name} goes on being removed.{rest}"), err=True)
         raise click.exceptions.Exit(130) from None
 
 
-def remove_leftovers(client: Client, name: str) -> list[str]:
-    """Remove what `deploy` made under that name, users before used; the labels of what went."""
-    removed = []
+def remove_leftovers(client: Client, name: str) -> tuple[list[str], list[str]]:
+    """Remove what `deploy` made under that name, users before used: the labels of what went, and the adapters that
+    still need its model. They were made by somebody else, and would go with it."""
+    from nimhost.cli.resources import adapters_of
+
+    removed: list[str] = []
+    adapters: list[str] = []
     for resource in (client.deployment_configs, client.models, client.filesets):
         try:
-            if (resource.get(name).get("description") or "").startswith(MADE_BY):
-                resource.delete(name)
-                removed.append(resource.kind.label.lower())
+            if not (resource.get(name).get("description") or "").startswith(MADE_BY):
+                continue
+            if resource is client.models and (adapters := adapters_of(client, "model", name)):
+                break
+            resource.delete(name)
+            removed.append(resource.kind.label.lower())
         except (NotFound, Conflict):
             continue  # not there, or something else still needs it: both are fine
-    return removed
+    return removed, adapters
 
 
 def _each(names: Iterable[str], act: Callable[[str], T]) -> dict[str, T]:

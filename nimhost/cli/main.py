@@ -95,7 +95,7 @@ class Root(click.Group):
         except NimhostError as error:
             show_error(error)
             ctx.exit(2 if isinstance(error, ConfigError) else 1)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort):
             click.echo(err=True)
             ctx.exit(130)
 
@@ -106,6 +106,8 @@ class Root(click.Group):
     epilog="""\b
 Begin with:  nimhost serve  and, in another terminal:  nimhost deploy Qwen/Qwen3-1.7B
 Tab completion:  nimhost completion --help
+Output:  one thing is printed as JSON, several as a table; -f json, yaml, raw or table chooses.
+         In a pipe, lists of "What there is" are JSON too, as nemo has it; weights and all others stay tables.
 Exit codes:  0 done, 1 failed or refused, 2 wrong usage or settings, 130 interrupted""",
 )
 @click.version_option(__version__, "-V", "--version", message="nimhost %(version)s")

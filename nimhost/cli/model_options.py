@@ -119,8 +119,16 @@ FLAGS = {
 _FIELD = re.compile(rf"\b({'|'.join(map(re.escape, FLAGS))})\b(?:\.[^\s:]+)?(: config '[^']*' asks for)?")
 
 
-def in_flags(text: str) -> str:
-    """What the daemon says about fields, in the words of the command line. Pure."""
+_IN_FILESET = re.compile(r"and name it in the fileset: token_secret = (\S+)")
+"""What the hub's refusals say to whoever makes a fileset."""
+
+
+def in_flags(text: str, with_token: str = "nimhost deploy … --hf-token-secret") -> str:
+    """What the daemon says about fields, in the words of the command line. Pure.
+
+    `with_token`: the command that takes a secret with the hub's token, up to its name.
+    """
+    text = _IN_FILESET.sub(rf"then: {with_token} \1", text)
     return _FIELD.sub(lambda found: FLAGS[found[1]] + (" asks for" if found[2] else ""), text)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 KEY = "nimhost.flags"
+FLAGS = {"base_url": "--base-url", "workspace": "--workspace"}
 TEXT = "text"
 """The one format that only `chat` has."""
 COMPLETION_TIMEOUT_S = 0.5
@@ -39,6 +43,14 @@ def address_options(command: F) -> F:
         shell_complete=complete_names("workspaces"),
     )  # fmt: skip
     return base_url(workspace(command))
+
+
+def timeout_option(default: float | None = None) -> Callable[[F], F]:
+    """`--timeout` as `timeout_s`; without a default it is None: as long as it takes."""
+    return click.option(
+        "-t", "--timeout", "timeout_s", type=click.FloatRange(0), default=default, show_default=default is not None,
+        metavar="SECONDS", help="Wait no longer than this (exit 1).",
+    )  # fmt: skip
 
 
 def format_option(*formats: str, in_pipe: str = "") -> Callable[[F], F]:
@@ -74,6 +86,29 @@ def output_format(*formats: str) -> str:
 
 def flag_given(name: str) -> bool:
     return name in click.get_current_context().meta.get(KEY, {})
+
+
+NOT_CLIENTS = ("serve", "config", "completion", "version")
+"""Commands that no daemon is asked for."""
+
+
+def retyped(text: str) -> str:
+    """`text` with the flags of this command in the commands that it names: typed as they stand, they reach the same
+    daemon and workspace."""
+    context = click.get_current_context()
+    given = context.meta.get(KEY, {})
+    flags = [f"{flag} {shlex.quote(given[name])}" for name, flag in FLAGS.items() if name in given]
+    if not flags:
+        return text
+    words = set(cast(click.Group, context.find_root().command).list_commands(context)) - {*NOT_CLIENTS}
+    return re.sub(rf"\bnimhost (?=(?:{'|'.join(words)})\b)", lambda _: f"nimhost {' '.join(flags)} ", text)
+
+
+def read_secret(what: str) -> str:
+    """What is piped into this command; at a terminal, what is typed: unseen, to the end of the line."""
+    if sys.stdin.isatty():
+        return str(click.prompt(what, hide_input=True, err=True))
+    return sys.stdin.read()
 
 
 def open_client(timeout_s: float = 60.0) -> Client:
@@ -112,6 +147,6 @@ def show_error(error: NimhostError) -> None:
         from nimhost.cli.missing import next_step
 
         hint = next_step(error.message)
-    click.echo(f"{click.style('Error:', fg='red')} {error.message}", err=True)
+    click.echo(f"{click.style('Error:', fg='red')} {retyped(error.message)}", err=True)
     if hint:
-        click.echo(f"{click.style('Hint:', fg='cyan')} {hint}", err=True)
+        click.echo(f"{click.style('Hint:', fg='cyan')} {retyped(hint)}", err=True)

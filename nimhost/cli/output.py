@@ -28,6 +28,12 @@ def clean(text: str) -> str:
     return _CONTROL.sub("", re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])", "", text))
 
 
+def first_sentence(message: str) -> str:
+    """What a table has room for; the rest is in `-f json`."""
+    first = re.match(r".*?[.!?](?=\s|$)", message) or re.match(r".*", message)
+    return first[0] if first else ""
+
+
 def print_value(value: Any, output_format: str) -> None:
     """One object or list: `json` indented, `yaml`, or `raw` (JSON on one line)."""
     if output_format == "yaml":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from nimhost.cli.model_options import in_flags
-from nimhost.cli.options import output_format, settings
+from nimhost.cli.options import output_format, retyped, settings
 from nimhost.cli.output import FORMATS, print_value
 from nimhost.cli.stages import Stage, View, clock, describe, fold, fraction, plain_lines
 from nimhost.client.resources import POLL_S, gateway_path
@@ -41,22 +41,25 @@ def follow(client: Client, name: str, outcome: Outcome = "started", timeout_s: f
         with live(report) if report.isatty() else plain(report) as show:
             view = _watch(client, name, began + timeout_s, show)
     except KeyboardInterrupt:
-        click.echo(f"\n{name} goes on without this command.\n{_what_next(name)}", err=True)
+        click.echo(retyped(f"\n{name} goes on without this command.\n{_what_next(name)}"), err=True)
         raise click.exceptions.Exit(130) from None
     except UpstreamTimeout as error:
         raise UpstreamTimeout(f"{name} is not ready after {timeout_s:g} s.", _what_next(name)) from error
-    if view.status != "READY" or view.update:
+    if view.status != "READY" or view.update or view.desired == "stopped":
         raise _failure(client, name, view)
-    took = f"after {clock(time.monotonic() - began)}" if outcome else "already"
+    show_ready(client, name, f"after {clock(time.monotonic() - began)}" if outcome else "already")
+
+
+def show_ready(client: Client, name: str, when: str) -> None:
     ready = click.style(f"{name} is READY", fg="green")
-    show_result(client, name, lambda: f"{ready} {took}.\n{how_to_use(client, name)}")
+    show_result(client, name, lambda: f"{ready} {when}.\n{how_to_use(client, name)}")
 
 
 def show_result(client: Client, name: str, text: Callable[[], str]) -> None:
     """The text for people; the deployment itself for programs."""
     wanted = output_format(*FORMATS)
     if wanted == "table":
-        click.echo(text())
+        click.echo(retyped(text()))
     else:
         print_value(client.deployments.get(name), wanted)
 
@@ -79,35 +82,26 @@ def _is_over(view: View) -> bool:
 
 
 def snapshots(client: Client, name: str, deadline: float) -> Iterator[Any]:
-    """Progress as it changes. A broken connection is made anew; a daemon without that route is asked again and again.
+    """Progress as it changes. A broken connection is made anew.
 
     Raises UpstreamTimeout at the deadline, NotFound when the deployment is gone.
     """
-    streamed = True
     heard_at = time.monotonic()
     while (now := time.monotonic()) < deadline:
         try:
-            if streamed:
-                quiet_s = min(QUIET_S, max(deadline - now, 0.01))
-                with closing(client.deployments.follow_progress(name, quiet_s=quiet_s)) as stream:
-                    for snapshot in stream:
-                        heard_at = time.monotonic()
-                        yield snapshot
-                        if heard_at >= deadline:
-                            break
-            else:
-                yield client.deployments.get(name)
-                heard_at = time.monotonic()
-        except NotFound:
-            if not streamed:
-                raise
-            streamed = False
+            quiet_s = min(QUIET_S, max(deadline - now, 0.01))
+            with closing(client.deployments.follow_progress(name, quiet_s=quiet_s)) as stream:
+                for snapshot in stream:
+                    heard_at = time.monotonic()
+                    yield snapshot
+                    if heard_at >= deadline:
+                        break
         except UpstreamTimeout:
             continue
         except (UpstreamError, NotReady):
             if time.monotonic() - heard_at > PATIENCE_S:
                 raise
-        time.sleep(POLL_S if streamed else min(POLL_S, max(deadline - time.monotonic(), 0)))
+        time.sleep(POLL_S)
     raise UpstreamTimeout("the deadline passed")
 
 

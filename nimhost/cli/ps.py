@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from nimhost.cli.options import address_options, format_option, open_client, output_format
-from nimhost.cli.output import FORMATS, age, print_table, print_value
+from nimhost.cli.options import address_options, format_option, open_client, output_format, retyped
+from nimhost.cli.output import FORMATS, age, first_sentence, print_table, print_value
 from nimhost.client.inference import lacks_key
 from nimhost.client.resources import last_probe
 from nimhost.errors import NotFound
@@ -48,7 +47,7 @@ def ps(everywhere: bool) -> None:
     elif rows:
         print_table(HEADERS, [_cells(row) for row in rows])
     else:
-        click.echo("Nothing is deployed. Try: nimhost deploy Qwen/Qwen3-1.7B")
+        click.echo(retyped("Nothing is deployed. Try: nimhost deploy Qwen/Qwen3-1.7B"))
 
 
 def describe(
@@ -128,15 +127,9 @@ def _name(entity: Any, everywhere: bool) -> str:
     return f"{entity['workspace']}/{entity['name']}" if everywhere else entity["name"]
 
 
-def first_sentence(message: str) -> str:
-    """The rest is in `-f json`. A probe's finding, said last, is kept: it is what is new."""
-    said, mark, probe = message.partition(LAST_PROBE)
-    first = re.match(r".*?[.!?](?=\s|$)", said) or re.match(r".*", said)
-    return (first[0] if first else "") + mark + probe
-
-
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     gpus = "-" if row["gpus"] is None else str(row["gpus"])
-    message = first_sentence(row["message"])
+    said, mark, probe = row["message"].partition(LAST_PROBE)  # which is said last, and is what is new
+    message = first_sentence(said) + mark + probe
     columns = (row["name"], row["model"], row["engine"], gpus, row["status"], age(row["created_at"]), message)
     return tuple("-" if cell is None else str(cell) for cell in columns)

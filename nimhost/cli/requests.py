@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from datetime import datetime
@@ -17,14 +19,19 @@ from nimhost.cli.options import (
     format_option,
     open_client,
     output_format,
+    retyped,
     settings,
 )
 from nimhost.cli.output import FORMATS, clean, print_table, print_value
 
 PATH = "/apis/nimhost/v1/requests"
 HEADERS = ("TIME", "STATUS", "PATH", "MODEL", "ADAPTER", "PROVIDER", "TOTAL", "FIRST BYTE", "TOKENS", "ID", "ERROR")
-WIDTHS = (8, 6, 20, 32, 0, 24, 9, 10, 12, 20)
+WIDTHS = (8, 6, 20, 32, 0, 24, 9, 10, 12, 20, 20)
 """While following: columns cannot be fitted to what has not come yet; a model's name has that of its adapter in it."""
+LEAST = ("PROVIDER", "PATH", "ID", "FIRST BYTE")
+"""Columns that go first where a terminal is too narrow."""
+ERROR_WIDTH = 20
+"""So much of an error is worth a column."""
 
 
 @click.command()
@@ -71,31 +78,47 @@ def requests(follow: bool, limit: int, model: str | None, provider: str | None, 
     elif found["data"]:
         _print_all([_cells(one) for one in found["data"]])
     else:
-        click.echo("There were no such requests. Ask a model: nimhost chat MODEL")
+        click.echo(retyped("There were no such requests. Ask a model: nimhost chat MODEL"))
 
 
 def _print_all(rows: list[tuple[str, ...]]) -> None:
-    """Without a column for adapters where there are none."""
-    shown = [at for at, header in enumerate(HEADERS) if header != "ADAPTER" or any(row[at] != "-" for row in rows)]
+    """Without columns in which nothing is."""
+    longest = [max(len(cell) for cell in column) for column in zip(HEADERS, *rows, strict=True)]
+    widths = [width * any(row[at] != "-" for row in rows) for at, width in enumerate(longest)]
+    shown = fitting([*widths[:-1], min(widths[-1], ERROR_WIDTH)], _room())
     print_table([HEADERS[at] for at in shown], [[row[at] for at in shown] for row in rows])
+
+
+def _room() -> float:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+
+
+def fitting(widths: Sequence[int], room: float) -> list[int]:
+    """Which of HEADERS fit into a line of `room` characters, by their place; those of width 0 are not wanted. Pure."""
+    shown = [at for at, width in enumerate(widths) if width]
+    for header in LEAST:
+        if sum(widths[at] + 2 for at in shown) - 2 <= room:
+            break
+        shown = [at for at in shown if HEADERS[at] != header]
+    return shown
 
 
 def _print_as_they_come(records: Iterable[Any]) -> None:
     wanted = output_format(*FORMATS)
+    shown = fitting(WIDTHS, _room())
     if wanted == "table":
-        _print_row(HEADERS)
+        _print_row(HEADERS, shown)
     for one in records:
         if wanted != "table":
             print_value(one, "raw" if wanted == "json" else wanted)
         elif "missed" in one:
             click.echo(f"({one['missed']} more that came too fast)", err=True)
         else:
-            _print_row(_cells(one))
+            _print_row(_cells(one), shown)
 
 
-def _print_row(cells: Sequence[str]) -> None:
-    fixed = [clean(cell).ljust(width) for cell, width in zip(cells, WIDTHS, strict=False) if width]
-    click.echo("  ".join([*fixed, clean(cells[-1])]).rstrip())
+def _print_row(cells: Sequence[str], shown: Sequence[int]) -> None:
+    click.echo("  ".join(clean(cells[at]).ljust(WIDTHS[at]) for at in shown).rstrip())
 
 
 def _cells(one: Any) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ What is more than that (`secrets access`, `files upload`, `inference gateway`, â
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -146,14 +147,14 @@ def of(client: Client, kind: Kind) -> Any:
 def create_command(kind: Kind) -> click.Command:
     fields = wish_fields(kind)
 
-    def run(exist_ok: bool, wait: bool = False, timeout: float = 0, poll_interval: None = None, **given: Any) -> None:
+    def run(exist_ok: bool, wait: bool = False, timeout_s: float = 0, poll_interval: None = None, **given: Any) -> None:
         if kind.secret:
             take_secret(given, required=given["input_file"] is None and given["input_data"] is None)
         body = complete_body(given, fields)
         with open_client() as client:
             resource = of(client, kind)
             made = create(resource.create, resource.get, body, exist_ok)
-            print_entity(client.deployments.wait(made["name"], timeout_s=timeout) if wait else made)
+            print_entity(wait_for(client, made["name"], timeout_s) if wait else made)
         if kind.key == "adapters":
             tell_adapter(made)
 
@@ -167,9 +168,17 @@ def create_command(kind: Kind) -> click.Command:
 EXIST_OK = flag("exist_ok", "If there is one of that name, show that one.")
 WAIT_OPTIONS = [
     flag("wait", "Wait until it is ready or has failed."),
-    click.Option(["--timeout"], type=float, default=1200, metavar="SECONDS", help="How long to wait."),
+    click.Option(["--timeout", "timeout_s"], type=click.FloatRange(0), default=1200, metavar="SECONDS",
+                 help="Wait no longer than this (exit 1)."),
     click.Option(["--poll-interval"], type=float, hidden=True),  # of the reference: taken, and without effect
-]
+]  # fmt: skip
+
+
+def wait_for(client: Client, name: str, timeout_s: float) -> Any:
+    """The deployment, once it is ready. What happens on the way is told beside the result."""
+    from nimhost.cli.wait_inference import show
+
+    return client.deployments.wait(name, timeout_s=timeout_s, on_entry=functools.partial(show, err=True))
 
 
 def create(insert: Callable[..., Any], find: Callable[[str], Any], body: dict[str, Any], exist_ok: bool) -> Any:
@@ -216,7 +225,7 @@ def delete_command(kind: Kind) -> click.Command:
     def run(name: str, dry_run: bool) -> None:
         with open_client() as client:
             found = of(client, kind).delete(name, dry_run=dry_run)
-            left = adapters_of(client, name) if kind.key == "filesets" else []
+            left = adapters_of(client, "fileset", name) if kind.key == "filesets" else []
         if dry_run:
             print_deletion(found)
         else:
@@ -234,13 +243,13 @@ def delete_command(kind: Kind) -> click.Command:
     return make("delete", f"Delete {one(kind)}.", run, params, FORMATS)
 
 
-def adapters_of(client: Client, fileset: str) -> list[str]:
-    """The adapters whose files are in a fileset, in whatever workspace they are."""
-    ref = client.adapters.ref(fileset)
+def adapters_of(client: Client, field: Literal["fileset", "model"], name: str) -> list[str]:
+    """The adapters whose files are in that fileset, or that are on that model, in whatever workspace they are."""
+    ref = client.adapters.ref(name)
     return [
         f"{row['workspace']}/{row['name']}"
         for row in client.adapters.list(workspace="-")
-        if client.adapters.ref(row["fileset"], row["workspace"]) == ref
+        if client.adapters.ref(row[field], row["workspace"]) == ref
     ]
 
 
@@ -276,8 +285,8 @@ def list_command(kind: Kind) -> click.Command:
         print_list(kind.key, page, page["data"])
 
     params: list[click.Parameter] = [
-        click.Option(["--page"], type=click.IntRange(1), metavar="NUMBER"),
-        click.Option(["--page-size"], type=click.IntRange(1), metavar="NUMBER"),
+        click.Option(["--page"], type=click.IntRange(1), metavar="NUMBER", help="Which page."),
+        click.Option(["--page-size"], type=click.IntRange(1), metavar="NUMBER", help="How many on a page."),
         flag("all_pages", "All there are, as one page."),
     ]
     if kind.sort is not None:
@@ -322,7 +331,10 @@ def _one_page(count: int) -> dict[str, int]:
 def versions_group(kind: Kind) -> click.Group:
     """`versions list NAME`, and `get N`, `delete N` with the name as an option of the kind's own word."""
     word = kind.key.rpartition("-")[2].removesuffix("s")  # --config, --deployment
-    owner = click.Option([f"--{word}", "owner"], required=True, metavar="NAME")
+    owner = click.Option(
+        [f"--{word}", "owner"], required=True, metavar="NAME", shell_complete=complete_names(kind.key),
+        help="Whose version.",
+    )  # fmt: skip
 
     def show_all(name: str) -> None:
         with open_client() as client:

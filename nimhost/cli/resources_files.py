@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import closing
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import click
 
 from nimhost.cli.options import complete_names, open_client
-from nimhost.cli.output import FORMATS
+from nimhost.cli.output import FORMATS, clean
 from nimhost.cli.resources import make
 from nimhost.cli.resources_output import DELETED, print_list
 from nimhost.errors import BadRequest, NotFound
@@ -19,6 +20,8 @@ from nimhost.refs import is_name, slug
 
 if TYPE_CHECKING:
     from nimhost.client import Client
+
+SHOWN_FROM_BYTES = 8_000_000
 
 
 def extend(root: click.Group) -> None:
@@ -56,7 +59,8 @@ def upload(local_path: str, fileset: str | None, remote_path: str) -> None:
     with open_client() as client:
         target = find_fileset(client, fileset) if fileset else new_fileset(client, local_path)
         for source, path in pairs:
-            client.filesets.upload(target, path, str(source))
+            with progress(path, source.stat().st_size) as show:
+                client.filesets.upload(target, path, str(source), on_sent=show)
             click.echo(path)
     click.echo(f"Completed upload to {target}" + (f"#{remote_path}" if remote_path else ""))
 
@@ -96,12 +100,14 @@ def new_fileset(client: Client, local_path: str) -> str:
 
 def download(fileset: str, remote_path: str, output: str) -> None:
     with open_client() as client:
-        found = [file["path"] for file in client.filesets.list_files(fileset, remote_path)]
+        found = {file["path"]: file["size"] for file in client.filesets.list_files(fileset, remote_path)}
         if not found:
             what = f"'{remote_path}'" if remote_path else "file"
             raise NotFound(f"There is no {what} in fileset {fileset}.", f"nimhost files list {fileset}")
-        for path in found:
-            fetch(client, fileset, path, local_place(path, remote_path, output))
+        for path, size_bytes in found.items():
+            with progress(path, size_bytes) as show:
+                place = fetch(client, fileset, path, local_place(path, remote_path, output), show)
+            click.echo(str(place))
     click.echo(f"Downloaded {fileset}#{remote_path or '/'} to '{output}'")
 
 
@@ -115,7 +121,17 @@ def local_place(path: str, remote_path: str, output: str) -> Path:
     return Path(output, below)
 
 
-def fetch(client: Client, fileset: str, path: str, place: Path) -> None:
+@contextmanager
+def progress(path: str, size_bytes: int) -> Iterator[Callable[[int], None]]:
+    """To be told how many bytes of a file are through. Shown to people only, and of files that take a while."""
+    if size_bytes < SHOWN_FROM_BYTES or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=size_bytes, label=clean(path), file=sys.stderr) as bar:
+        yield lambda done_bytes: bar.update(done_bytes - bar.pos)
+
+
+def fetch(client: Client, fileset: str, path: str, place: Path, show: Callable[[int], None]) -> Path:
     """Whole or not at all."""
     draft = place.with_name(f".{place.name}.part")
     try:
@@ -123,12 +139,13 @@ def fetch(client: Client, fileset: str, path: str, place: Path) -> None:
         with draft.open("wb") as file, closing(client.filesets.download(fileset, path)) as pieces:
             for piece in pieces:
                 file.write(piece)
+                show(file.tell())
         draft.replace(place)
     except OSError as error:
         raise BadRequest(f"Cannot write {place}: {error.strerror}") from None
     finally:
         draft.unlink(missing_ok=True)
-    click.echo(str(place))
+    return place
 
 
 def list_files(fileset: str, remote_path: str) -> None:

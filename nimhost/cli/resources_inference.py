@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from nimhost.cli.options import open_client, output_format
+from nimhost.cli.options import complete_names, open_client, output_format
 from nimhost.cli.output import FORMATS, print_value
-from nimhost.cli.resources import make, subgroup
+from nimhost.cli.resources import existing, make, subgroup
 from nimhost.cli.resources_options import (
     body_of,
     fields_named,
@@ -39,7 +39,7 @@ def extend(root: click.Group) -> None:
     gateway = subgroup(root, "gateway", "Requests to models, as they are.")
     for route in ("provider", "model"):
         add_verbs(subgroup(gateway, route, f"To a {route}."), route)
-    ready = make("ready", "Ask whether requests can be sent to it.", provider_ready, [click.Argument(["name"])])
+    ready = make("ready", "Ask whether requests can be sent to it.", provider_ready, [existing(KINDS["providers"])])
     subgroup(gateway, "provider", "").add_command(ready)
     openai = subgroup(gateway, "openai", "To the model that the body names, as workspace/model.")
     add_verbs(openai, None)
@@ -47,7 +47,7 @@ def extend(root: click.Group) -> None:
     subgroup(root, "providers", "").add_command(update_status("providers"))
     deployments = subgroup(root, "deployments", "")
     deployments.add_command(update_status("deployments"))
-    deployments.add_command(make("list-models", "Show what it serves.", list_models, [click.Argument(["name"])]))
+    deployments.add_command(make("list-models", "Show what it serves.", list_models, [existing(KINDS["deployments"])]))
 
 
 # --- models and URLs -----------------------------------------------------------------------------------------------
@@ -93,7 +93,10 @@ def get_url() -> click.Command:
             click.echo(f"{client.base_url}{gateway_path(workspace)}/{route}")
 
     about = "Print the address of the gateway for OpenAI clients, or of a provider or model."
-    params = [click.Option(["--provider"], metavar="NAME"), click.Option(["--virtual-model"], metavar="NAME")]
+    params = [
+        click.Option([f"--{word}"], metavar="NAME", shell_complete=complete_names(f"{word}s"), help=f"Of this {what}.")
+        for word, what in (("provider", "provider"), ("virtual-model", "model"))
+    ]
     return make("get-url", about, run, params, ())
 
 
@@ -105,7 +108,7 @@ def add_verbs(group: click.Group, route: str | None) -> None:
     for verb in VERBS:
         uri = click.Argument(["trailing_uri"], metavar="URI")
         body = click.Option(["--body"], type=parse_json, metavar="JSON", help="What to send.")
-        params = [uri, *(name_params() if route else []), *([body] if verb in BODIES else [])]
+        params = [uri, *(name_params(f"{route}s") if route else []), *([body] if verb in BODIES else [])]
         about = f"{verb.upper()} a path of the engine's."
         command = make(verb, about, passing(verb, route), params)
         group.add_command(input_options(command) if verb in BODIES else command)
@@ -161,5 +164,5 @@ def update_status(key: str) -> click.Command:
         with open_client() as client:
             print_entity(getattr(client, key).update_status(name, **body))
 
-    params = [click.Argument(["name"]), *options_for(fields_named(KINDS[key], names))]
+    params = [existing(KINDS[key]), *options_for(fields_named(KINDS[key], names))]
     return input_options(make("update-status", "Set its status by hand.", run, params))

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from nimhost.cli.options import open_client
-from nimhost.cli.resources import EXIST_OK, create, make, subgroup
+from nimhost.cli.options import complete_names, open_client
+from nimhost.cli.resources import EXIST_OK, create, existing, make, subgroup
 from nimhost.cli.resources_options import body_of, complete_body, input_options, name_params, options_for, wish_fields
 from nimhost.cli.resources_output import DELETED, print_entity, tell_adapter
 from nimhost.kinds import KINDS
@@ -16,7 +16,7 @@ from nimhost.kinds import KINDS
 
 def extend(root: click.Group) -> None:
     if root.name == "secrets":
-        root.add_command(make("access", "Show a secret with its value.", access, [click.Argument(["name"])]))
+        root.add_command(make("access", "Show a secret with its value.", access, [existing(KINDS["secrets"])]))
         admin = subgroup(root, "admin", "For the administrator.")
         admin.add_command(make("rotate-encryption-keys", "Encrypt all secrets anew.", rotate, []))
     else:
@@ -46,7 +46,8 @@ def create_adapter() -> click.Command:
         print_entity(made)
         tell_adapter(made)
 
-    params = [click.Argument(["model"]), *name_params(), *options_for(fields), EXIST_OK]
+    model = click.Argument(["model"], shell_complete=complete_names("models"))
+    params = [model, *name_params(), *options_for(fields), EXIST_OK]
     return input_options(make("create", "Put an adapter on a model.", run, params))
 
 
@@ -59,7 +60,7 @@ def update_adapter() -> click.Command:
             print_entity(client.models.update_adapter(model_name, adapter, **body))
 
     fields = options_for(wish_fields(KINDS["adapters"], update=True))
-    params = [click.Argument(["adapter"]), MODEL_NAME, *fields]
+    params = [ADAPTER, MODEL_NAME, *fields]
     return input_options(make("update", "Change the fields that are given.", run, params))
 
 
@@ -69,7 +70,11 @@ def delete_adapter() -> click.Command:
             client.models.delete_adapter(model_name, adapter)
         click.echo(DELETED)
 
-    return make("delete", "Take an adapter off a model.", run, [click.Argument(["adapter"]), MODEL_NAME], ())
+    return make("delete", "Take an adapter off a model.", run, [ADAPTER, MODEL_NAME], ())
 
 
-MODEL_NAME = click.Option(["--model-name"], required=True, metavar="NAME", help="The model it belongs to.")
+ADAPTER = click.Argument(["adapter"], shell_complete=complete_names("adapters"))
+MODEL_NAME = click.Option(
+    ["--model-name"], required=True, metavar="NAME", help="The model it belongs to.",
+    shell_complete=complete_names("models"),
+)  # fmt: skip

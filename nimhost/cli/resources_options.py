@@ -13,7 +13,7 @@ import click
 from msgspec.structs import FieldInfo
 from msgspec.structs import fields as struct_fields
 
-from nimhost.cli.options import F, complete_names
+from nimhost.cli.options import F, complete_names, read_secret
 from nimhost.kinds import Kind
 
 CHOICES_SHOWN = 8
@@ -31,8 +31,46 @@ FIELDS = {
     "enabled": "Whether it is in use.",
     "finetuning_type": "How it was made; only 'lora' is loaded into engines.  [default: lora]",
     "lora_config": "What its files do not tell: '{\"rank\": 16}'.",
+    "spec": "What is known of its checkpoint. Without it: read from its files.",
+    "base_model": "The model that it was made from.",
+    "api_endpoint": 'Where it is served, if not here: \'{"url": …, "model_id": …}\'.',
+    "backend_format": "What its API is.",
+    "prompt": "How it is to be prompted; kept, and not used.",
+    "ownership": "Whose it is; kept, and not used.",
+    "custom_fields": "Whatever you want to keep with it, as an object.",
+    "trust_remote_code": "Whether code that comes with its weights may run.",
+    "storage": 'Where its files are: \'{"type": "huggingface", "repo_id": …}\'. Without it: here, to be uploaded.',
+    "purpose": "What its files are.",
+    "metadata": "What is known of its files, such as how a model calls tools.",
+    "cache": "Taken, and without effect.",
+    "engine": "What runs it.",
+    "model_spec": 'Which model: \'{"model_namespace": …, "model_name": …}\'; tool calling, adapters.',
+    "executor_config": 'GPUs and image: \'{"gpu": 1, "image_name": …, "image_tag": …}\'; arguments, environment.',
+    "model_entity_id": "The model that it deploys.",
+    "config": "The config that it runs.",
+    "config_version": "Stay at this version.  [default: follow the newest]",
+    "desired": "What it is to be.",
+    "force": "Start it although the sum says that it does not fit.",
+    "host_url": "Where its API is, such as https://api.openai.com/v1.",
+    "api_key_secret_name": "Secret with the key that opens it.",
+    "auth_header_format": "How the key is sent.  [default: Authorization: Bearer {{ auth_secret }}]",
+    "enabled_models": "Only these of its models. May be given several times.",
+    "default_extra_body": "Fields that requests get if they have them not.",
+    "default_extra_headers": "Headers that requests get if they have them not.",
+    "required_extra_body": "Fields that every request gets.",
+    "required_extra_headers": "Headers that every request gets.",
+    "model_deployment_id": "The deployment that it belongs to.",
+    "model_provider_id": "The provider that requests go through.",
+    "served_models": 'What it serves: \'[{"model_entity_id": …, "served_model_name": …}]\'.',
+    "status": "How it is.",
+    "status_message": "Why.",
+    "default_model_entity": "The model that it is another name for.",
+    "models": "What else it could be a name for; kept, and not used.",
+    "autoprovisioned": "Whether nimhost made it.",
 }
-"""What a field is, where its name does not say it."""
+"""What a field is."""
+REFUSED = ("request_middleware", "response_middleware", "post_response_middleware", "override_proxy")
+"""Fields of the reference that nimhost says no to: options that no help shows."""
 DEFAULTS = {"finetuning_type": "lora"}
 """Of fields that a body must have, and a person need not say."""
 
@@ -64,6 +102,12 @@ def options_for(fields: Iterable[FieldInfo]) -> list[click.Parameter]:
 
 def option_for(name: str, wanted: Any) -> click.Option:
     """Text and numbers as they are, a switch for a boolean, a list of text one by one, JSON for the rest."""
+    option = _option(name, wanted)
+    option.hidden = name in REFUSED
+    return option
+
+
+def _option(name: str, wanted: Any) -> click.Option:
     flag = f"--{name.replace('_', '-')}"
     wanted, about = _plain(wanted), FIELDS.get(name)
     if wanted is bool:
@@ -163,10 +207,10 @@ def complete_body(given: dict[str, Any], fields: Sequence[FieldInfo]) -> dict[st
 # --- names and secrets ---------------------------------------------------------------------------------------------
 
 
-def name_params() -> list[click.Parameter]:
-    """A name that may be given in its place or with `--name`."""
+def name_params(*kinds: str) -> list[click.Parameter]:
+    """A name that may be given in its place or with `--name`; `kinds`: of these there are some already."""
     return [
-        click.Argument(["name"], required=False, metavar="NAME"),
+        click.Argument(["name"], required=False, metavar="NAME", shell_complete=complete_names(*kinds)),
         click.Option(["--name", "other_name"], hidden=True),
     ]
 
@@ -187,7 +231,7 @@ def need_name(given: dict[str, Any]) -> str:
 
 
 SECRET_OPTIONS: list[click.Parameter] = [
-    click.Option(["--from-file"], metavar="FILE", help="Read the value from there; '-' is standard input."),
+    click.Option(["--from-file"], metavar="FILE", help="Read the value from there; '-' asks for it, or reads a pipe."),
     click.Option(["--value"], metavar="TEXT", help="The value itself; others can see it while the command runs."),
 ]
 
@@ -197,7 +241,7 @@ def take_secret(given: dict[str, Any], required: bool) -> None:
     path, value = given.pop("from_file"), given.pop("value")
     if path is not None and value is not None:
         raise click.UsageError("The value is given twice: with --from-file and with --value.")
-    text = read_text(path) if path is not None else value
+    text = value if path is None else read_secret("Value") if path == "-" else read_text(path)
     if text is None:
         if required:
             raise click.UsageError("Missing: --from-file FILE, or --value TEXT.")

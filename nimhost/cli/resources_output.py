@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from nimhost.cli.options import flag_given, output_format
-from nimhost.cli.output import FORMATS, age, print_table, print_value
+from nimhost.cli.options import output_format, retyped, settings
+from nimhost.cli.output import FORMATS, age, first_sentence, print_table, print_value
+from nimhost.cli.stages import brief
 
 DELETED = "✓ Deleted successfully"
 Columns = tuple[tuple[str, str], ...]
@@ -55,17 +56,17 @@ def _text(value: Any) -> str:
 def tell_adapter(row: Any) -> None:
     """What can be done with an adapter now, beside the reply: to the person, not into a pipe."""
     if row.get("loaded_on"):
-        click.echo(f"Chat with it: nimhost chat {row['served_name']}", err=True)
+        click.echo(retyped(f"Chat with it: nimhost chat {row['served_name']}"), err=True)
     elif row.get("status_message"):
-        click.echo(f"Not loaded: {row['status_message']}", err=True)
+        click.echo(retyped(f"Not loaded: {brief(row['status_message'])}"), err=True)
 
 
 def list_format() -> str:
-    """A table on a terminal. In a pipe only `-f table` gives one: what reads there is a program."""
-    wanted = output_format(*FORMATS)
-    if wanted == "table" and not sys.stdout.isatty() and not flag_given("output_format"):
-        return "json"
-    return wanted
+    """What was asked for; else a table on a terminal, and JSON in a pipe, as the reference's own command has it."""
+    asked = settings().output_format
+    if asked in FORMATS:
+        return asked
+    return "table" if sys.stdout.isatty() else "json"
 
 
 def print_list(key: str, value: Any, rows: Sequence[Any]) -> None:
@@ -103,4 +104,6 @@ def _cell(row: Any, path: str) -> str:
         return ", ".join(map(str, row))
     if isinstance(row, bool):
         return "yes" if row else "no"
+    if path == "status_message":
+        return first_sentence(row or "")
     return "" if row is None else str(row)

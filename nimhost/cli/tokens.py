@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
 from nimhost.cli.options import address_options, format_option, open_client, output_format, settings
 from nimhost.cli.output import FORMATS, age, print_table, print_value
+from nimhost.client.settings import is_loopback
 from nimhost.client.wire import Request, segment
 from nimhost.errors import Unreachable
 from nimhost.tokens import SCOPES
@@ -50,7 +50,7 @@ def create(name: str, scopes: tuple[Any, ...]) -> None:
         with open_client() as client:
             made = client.send(Request(method="POST", path=PATH, body={"name": name, "scopes": list(scopes)}))
     except Unreachable:
-        if urlsplit(settings().base_url).hostname not in ("127.0.0.1", "localhost", "::1"):
+        if not is_loopback(settings().base_url):
             raise
         made = _write(name, scopes)
     wanted = output_format(*FORMATS)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nimhost.cli.model_options import in_flags
 from nimhost.cli.options import address_options, complete_names, format_option, open_client, output_format, settings
 from nimhost.cli.output import FORMATS, age, print_table, print_value
 from nimhost.cli.stages import Stage, View, clock, size_text
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 PATH = "/apis/nimhost/v1/weights"
 HEADERS = ("WEIGHTS", "COMMIT", "SIZE", "STATE", "LAST USED", "FETCHED BY", "USED BY")
 NGC = "ngc://"
-_AGAIN = "Once nimhost runs again, run this again: a download continues where it stopped."
+_AGAIN = {
+    "pull": "Once nimhost runs again, the download goes on where it stopped; to follow it, run this again.",
+    "verify": "Once nimhost runs again, run this again.",
+}
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
@@ -127,9 +131,10 @@ def _cells(row: Any) -> tuple[str, ...]:
 
 def _state(state: str, progress: Any) -> str:
     """`fetching 43%, 20 MB/s, 0:32 left`, or what it waits for."""
-    if not progress or not progress["total_bytes"]:
+    if not progress:
         return state
-    parts = [f"{state} {progress['done_bytes'] / progress['total_bytes']:.0%}"]
+    total = progress["total_bytes"]
+    parts = [f"{state} {progress['done_bytes'] / total:.0%}" if total else state]
     if progress["eta_s"] is not None:
         parts += [f"{size_text(progress['rate_bytes_s'])}/s", f"{clock(progress['eta_s'])} left"]
     return ", ".join([*parts, progress["message"]] if progress["message"] else parts)
@@ -155,7 +160,7 @@ def pull(
 ) -> None:
     """Fetch weights ahead: a deployment of them then starts at once.
 
-    The daemon fetches: Ctrl-C ends the watching, not the download. A download that broke off continues where it
+    The daemon fetches: Ctrl-C ends the watching, not the download, and after a restart it goes on by itself where it
     stopped. Of a model, what no engine reads is left out (the same weights in another format, pictures); with --allow
     or --ignore still more is, and the rest comes when it is deployed.
 
@@ -276,7 +281,7 @@ def prune(unused_for_s: float, dry_run: bool, yes: bool) -> None:
         if not dry_run and found["data"]:
             if not yes:
                 _print_pruned(found, sys.stderr)
-                if not click.confirm(f"Remove them, {size_text(found['freed_bytes'])} in all?", err=True):
+                if not _agreed(f"Remove them, {size_text(found['freed_bytes'])} in all?"):
                     click.echo("Nothing was removed.", err=True)
                     raise click.exceptions.Exit(1)
             found = _prune(client, unused_for_s, dry_run=False)
@@ -293,6 +298,16 @@ def prune(unused_for_s: float, dry_run: bool, yes: bool) -> None:
     click.echo(f"{verb} {size_text(found['freed_bytes'])}." if found["data"] else _nothing(found))
 
 
+def _agreed(question: str) -> bool:
+    """Raises UsageError where nobody answers."""
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise click.UsageError("Nobody is there to ask: give --yes, or --dry-run.") from None
+
+
 def _prune(client: Client, unused_for_s: float, *, dry_run: bool) -> Any:
     body = {"unused_for_s": unused_for_s, "dry_run": dry_run}
     return client.send(Request(method="POST", path=f"{PATH}/prune", body=body))
@@ -304,7 +319,7 @@ def _print_pruned(found: Any, file: Any, verb: str = "remove ") -> None:
 
 
 def _nothing(found: Any) -> str:
-    more = f" {len(found['kept'])} stay; why: nimhost weights prune --dry-run" if found["kept"] else ""
+    more = "" if not found["kept"] else f" What stays ({len(found['kept'])}), and why: nimhost weights prune --dry-run"
     return f"There is nothing to remove.{more}"
 
 
@@ -324,9 +339,7 @@ def _follow(client: Client, verb: str, body: dict[str, Any], label: str) -> Any:
     with live(report) if report.isatty() else plain(report) as show:
         for step in _steps(client, verb, body):
             if step["status"] == "failed":
-                hint = step["hint"] and _IN_FILESET.sub(
-                    rf"then: nimhost weights pull {body['repo_id']} --secret \1", step["hint"]
-                )
+                hint = step["hint"] and in_flags(step["hint"], f"nimhost weights pull {body['repo_id']} --secret")
                 raise from_reply(500, step["error"], step["message"], hint)
             if step["status"] == "done":
                 return step
@@ -335,11 +348,7 @@ def _follow(client: Client, verb: str, body: dict[str, Any], label: str) -> Any:
                 total_bytes=step["total_bytes"], rate_bytes_s=step.get("rate_bytes_s") or 0.0, started_at=began,
             )  # fmt: skip
             show(View(status="", stages=(stage,)))
-    raise UpstreamError("nimhost went away meanwhile.", _AGAIN)
-
-
-_IN_FILESET = re.compile(r"and name it in the fileset: token_secret = (\S+)")
-"""What the hub's refusals say for deployments."""
+    raise UpstreamError("nimhost went away meanwhile.", _AGAIN[verb])
 
 
 def _steps(client: Client, verb: str, body: dict[str, Any]) -> Iterator[Any]:
@@ -356,7 +365,7 @@ def _steps(client: Client, verb: str, body: dict[str, Any]) -> Iterator[Any]:
     except UpstreamError as error:
         if not begun:
             raise
-        raise UpstreamError(error.message, _AGAIN) from error
+        raise UpstreamError(error.message, _AGAIN[verb]) from error
 
 
 def _show(found: Any, text: Callable[[], str]) -> None:

@@ -6,32 +6,28 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, BinaryIO, TypedDict
-from urllib.parse import urlsplit
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, BinaryIO, ClassVar
 
 import httpx
 
 import nimhost
 from nimhost.client import settings as client_settings
 from nimhost.client.resources import Resources
+from nimhost.client.settings import is_loopback
 from nimhost.client.streams import MakeDecoder
 from nimhost.client.wire import Done, Flow, Pause, Request, Step, advance, begin, decode, error_from
 from nimhost.errors import BadRequest, NimhostError, Unreachable, UpstreamError, UpstreamTimeout
 
 CONNECT_TIMEOUT_S = 5.0
 UPLOAD_PIECE_BYTES = 1 << 20
-LOOPBACK = ("127.", "localhost", "::1")
-
-
-class Options(TypedDict):
-    base_url: str
-    headers: dict[str, str]
-    trust_env: bool
 
 
 class _Client(Resources):
     """What the two have in common. What is not given comes from the environment or `client.toml`."""
+
+    _http_class: ClassVar[Callable[..., Any]]
+    _http: Any
 
     def __init__(
         self,
@@ -49,19 +45,14 @@ class _Client(Resources):
         self._timeout_s = timeout_s
         self._token = settings.access_token
         super().__init__(settings.workspace)
-        self._open(transport)
+        self._http = self._http_class(**self._options(), transport=transport)
 
-    def _open(self, transport: Any) -> None:
-        """Makes the client of httpx that sends everything."""
-        raise NotImplementedError
-
-    def _options(self) -> Options:
+    def _options(self) -> dict[str, Any]:
         headers = {"user-agent": f"nimhost/{nimhost.__version__}"}
         if self._token:
             headers["authorization"] = f"Bearer {self._token}"
         # A proxy of the environment is for the world outside: it cannot reach our loopback address.
-        outside = not (urlsplit(self.base_url).hostname or "").startswith(LOOPBACK)
-        return Options(base_url=self.base_url, headers=headers, trust_env=outside)
+        return {"base_url": self.base_url, "headers": headers, "trust_env": not is_loopback(self.base_url)}
 
     def _arguments(self, request: Request) -> dict[str, Any]:
         body = {} if request.body is None else {"json": request.body}
@@ -83,18 +74,24 @@ class _Client(Resources):
             raise UpstreamTimeout(f"{self.base_url} did not answer in time.") from None
         except httpx.InvalidURL as error:
             raise BadRequest(f"{self.base_url}: {error}") from None
+        except httpx.RemoteProtocolError:
+            raise UpstreamError(
+                f"The connection to {self.base_url} broke off in the middle of an answer.",
+                "If nimhost was stopped there: engines go on without it. Start it (nimhost serve), and try again.",
+            ) from None
         except httpx.HTTPError as error:
             raise UpstreamError(f"The connection to {self.base_url} broke off ({_reason(error)}).") from None
 
     def _how_to_reach(self) -> str:
-        if (urlsplit(self.base_url).hostname or "").startswith(LOOPBACK):
+        if is_loopback(self.base_url):
             return "Start it with: nimhost serve   or say where it listens: --base-url URL, NIMHOST_BASE_URL"
         return "Check that it runs there, and --base-url or NIMHOST_BASE_URL."
 
 
 @contextlib.contextmanager
-def opened(path: str | None) -> Iterator[BinaryIO | None]:
+def opened(request: Request) -> Iterator[_Told | None]:
     """The file to send, if there is one. Raises BadRequest when it cannot be read."""
+    path = request.upload
     if path is None:
         yield None
         return
@@ -103,10 +100,26 @@ def opened(path: str | None) -> Iterator[BinaryIO | None]:
     except OSError as error:
         raise BadRequest(f"Cannot read {path}: {error.strerror}") from None
     with file:
-        yield file
+        yield _Told(file, request.on_sent or (lambda _: None))
 
 
-async def _pieces(file: BinaryIO) -> AsyncIterator[bytes]:
+class _Told:
+    """A file that says how far it has been read. httpx asks a file for its length, and then reads it."""
+
+    def __init__(self, file: BinaryIO, on_sent: Callable[[int], None]) -> None:
+        self._file, self._on_sent = file, on_sent
+        self.fileno = file.fileno
+
+    def read(self, size: int) -> bytes:
+        piece = self._file.read(size)
+        self._on_sent(self._file.tell())
+        return piece
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(lambda: self.read(UPLOAD_PIECE_BYTES), b"")
+
+
+async def _pieces(file: _Told) -> AsyncIterator[bytes]:
     while piece := await asyncio.to_thread(file.read, UPLOAD_PIECE_BYTES):
         yield piece
 
@@ -118,8 +131,8 @@ def _reason(error: Exception) -> str:
 class Client(_Client):
     """Blocking. `with Client() as client: client.deployments.list()`"""
 
-    def _open(self, transport: httpx.BaseTransport | None) -> None:
-        self._http = httpx.Client(**self._options(), transport=transport)
+    _http_class = httpx.Client
+    _http: httpx.Client
 
     def __enter__(self) -> Client:
         return self
@@ -140,7 +153,7 @@ class Client(_Client):
         if isinstance(step, Pause):
             return time.sleep(step.duration_s)
         try:
-            with opened(step.upload) as file, self._translated():
+            with opened(step) as file, self._translated():
                 reply = self._http.request(**self._arguments(step), content=file)
             return decode(reply.status_code, reply.headers, reply.content)
         except NimhostError as error:
@@ -160,8 +173,8 @@ class Client(_Client):
 class AsyncClient(_Client):
     """For asyncio. `async with AsyncClient() as client: await client.deployments.list()`"""
 
-    def _open(self, transport: httpx.AsyncBaseTransport | None) -> None:
-        self._http = httpx.AsyncClient(**self._options(), transport=transport)
+    _http_class = httpx.AsyncClient
+    _http: httpx.AsyncClient
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -182,7 +195,7 @@ class AsyncClient(_Client):
         if isinstance(step, Pause):
             return await asyncio.sleep(step.duration_s)
         try:
-            with opened(step.upload) as file, self._translated():
+            with opened(step) as file, self._translated():
                 reply = await self._http.request(**self._arguments(step), content=file and _pieces(file))
             return decode(reply.status_code, reply.headers, reply.content)
         except NimhostError as error:

@@ -16,14 +16,17 @@ POLL_S = 0.5
 
 
 class Wire(Protocol):
-    """What a resource needs of the client it belongs to."""
+    """What a client does itself; all its calls are made of this."""
 
-    @property
-    def workspace(self) -> str: ...
+    workspace: str
 
-    def run(self, flow: Flow[Any]) -> Any: ...
+    def run(self, flow: Flow[Any]) -> Any:
+        """The result of a flow; of AsyncClient an awaitable of it."""
+        ...
 
-    def stream(self, request: Request, decoder: MakeDecoder) -> Any: ...
+    def stream(self, request: Request, decoder: MakeDecoder) -> Any:
+        """An iterator over what the reply consists of, as it comes."""
+        ...
 
 
 def call(flow: Callable[Concatenate[Any, P], Flow[Any]]) -> Callable[Concatenate[Any, P], Any]:

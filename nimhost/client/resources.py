@@ -9,8 +9,8 @@ from typing import Any
 
 from nimhost.client.files import Filesets
 from nimhost.client.inference import Models, Providers, gateway_path
-from nimhost.client.resource import POLL_S, Resource, call
-from nimhost.client.streams import Chunks, MakeDecoder, Parts, Records, Text
+from nimhost.client.resource import POLL_S, Resource, Wire, call
+from nimhost.client.streams import Chunks, Parts, Records, Text
 from nimhost.client.wire import Flow, Pause, Record, Request, segment
 from nimhost.errors import NotFound, NotReady, UpstreamError, UpstreamTimeout
 from nimhost.kinds import KINDS
@@ -172,7 +172,7 @@ SPECIAL: Mapping[str, type[Resource]] = {
 }
 
 
-class Resources:
+class Resources(Wire):
     """The calls that both clients have: one resource per kind, and chat."""
 
     workspaces: Resource
@@ -190,12 +190,6 @@ class Resources:
         self.workspace = workspace
         for key, kind in KINDS.items():
             setattr(self, key.replace("-", "_"), SPECIAL.get(key, Resource)(kind, self))
-
-    def run(self, flow: Flow[Any]) -> Any:
-        raise NotImplementedError
-
-    def stream(self, request: Request, decoder: MakeDecoder) -> Any:
-        raise NotImplementedError
 
     def send(self, request: Request) -> Any:
         """Any request of the wire; the reply's JSON."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from nimhost.errors import ConfigError
 
@@ -64,6 +66,15 @@ def check_url(text: str) -> str:
     if scheme in ("http", "https") and separator and rest.strip("/"):
         return text.rstrip("/").removesuffix("/v1")
     raise ConfigError(f"'{text}' is not the address of a server.", f"Write it like this: {DEFAULT_URL}")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether it is an address of this machine that no other reaches."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read_stored(path: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ blocking and the async client: each of them only has to perform single steps.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -29,7 +29,8 @@ class Record(dict[str, Any]):
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """One request. `body` is sent as JSON; `upload` is the path of a local file that is sent instead.
+    """One request. `body` is sent as JSON; `upload` is the path of a local file that is sent instead, and `on_sent` is
+    told how many of its bytes are on their way.
 
     `quiet_s`: how long the reply may say nothing before that is a timeout; None: as the client is set.
     """
@@ -39,6 +40,7 @@ class Request(Struct, frozen=True, kw_only=True):
     query: dict[str, str] = {}
     body: Any = None
     upload: str | None = None
+    on_sent: Callable[[int], None] | None = None
     quiet_s: float | None = None
 
 

@@ -45,8 +45,8 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
     """Run a command in a terminal of its own."""
     opened: list[Terminal] = []
 
-    def run(*args: str) -> Terminal:
-        opened.append(Terminal([sys.executable, "-m", "nimhost", *args]))
+    def run(*args: str, columns: int = 100) -> Terminal:
+        opened.append(Terminal([sys.executable, "-m", "nimhost", *args], columns))
         return opened[-1]
 
     yield run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from click.testing import Result
 from nimhost.cli.entities import MADE_BY
 from nimhost.client.resources import Deployments
 from tests.cli.wire import FakeWire, Refusal, snapshot
-from tests.support import wait_until
 
 Run = Callable[..., Result]
 QWEN = "qwen-qwen3-1-7b"
@@ -323,21 +321,6 @@ def test_timeout_leaves_the_deployment_going(nimhost: Run, wire: FakeWire) -> No
     assert wire.names("deployments") == [QWEN]
 
 
-def test_a_daemon_without_the_progress_route_is_asked_again_and_again(nimhost: Run, wire: FakeWire) -> None:
-    becomes_ready(wire)
-    wire.has_progress = False
-
-    def make_ready() -> None:
-        wait_until(lambda: sum(repr(a).endswith(f"deployments/{QWEN}") for a in wire.asked if a.method == "GET") > 2)
-        wire.rows["deployments", "default", QWEN]["status"] = "READY"
-
-    helper = threading.Thread(target=make_ready)
-    helper.start()
-    done = nimhost("deploy", "Qwen/Qwen3-1.7B")
-    helper.join()
-    assert "is READY" in done.stdout
-
-
 @pytest.mark.fault(20)
 def test_deploy_goes_on_watching_after_a_restart_of_the_daemon(
     nimhost: Run, wire: FakeWire, monkeypatch: pytest.MonkeyPatch
@@ -456,19 +439,48 @@ def test_ps_of_nothing_says_how_to_begin(nimhost: Run, wire: FakeWire) -> None:
 # --- wait, logs ----------------------------------------------------------------------------------------------------
 
 
-def test_wait_prints_the_history_and_succeeds(nimhost: Run, wire: FakeWire) -> None:
-    entry = {"timestamp": "2026-01-02T03:04:05Z", "status": "READY", "status_message": "Serving"}
-    wire.put("deployments", "q1", config="q1", status="READY", status_history=[entry])
+def test_wait_shows_how_far_it_is_and_ends_when_it_is_ready(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    wire.put("deployments", QWEN, config=QWEN, status="PENDING", status_message="Getting ready")
+    done = nimhost("wait", QWEN)
+    assert done.exit_code == 0
+    assert "image     1.0 of 2.0 GB" in done.stdout or "image     1.00 of 2.00 GB" in done.stdout, done.stdout
+    assert f"{QWEN} is READY after 0:0" in done.stdout
+    assert f'nimhost chat {QWEN} "Hello!"' in done.stdout
+
+
+def test_wait_for_what_is_ready_says_so(nimhost: Run, wire: FakeWire) -> None:
+    wire.ready("q1", "default/q1")
+    for more in ((), ("--timeout", "0")):
+        assert nimhost("wait", "q1", *more).stdout.startswith("q1 is READY already.\n")
+    done = nimhost("wait", "q1", "-f", "json")
+    assert (json.loads(done.stdout)["name"], done.stderr) == ("q1", "")
+
+
+def test_wait_for_what_is_stopped_fails(nimhost: Run, wire: FakeWire) -> None:
+    wire.ready("q1", "default/q1")
+    wire.rows["deployments", "default", "q1"]["desired"] = "stopped"
     done = nimhost("wait", "q1")
-    assert (done.exit_code, done.stdout) == (0, "03:04:05  READY     Serving\nq1 is READY.\n")
+    assert (done.exit_code, done.stderr) == (1, "Error: q1 was stopped.\nHint: Start it with: nimhost start q1\n")
 
 
-def test_wait_tells_what_comes_and_not_what_was(nimhost: Run, wire: FakeWire) -> None:
+def test_wait_until_it_is_gone_tells_what_comes_and_not_what_was(
+    nimhost: Run, wire: FakeWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
     history = [
-        {"timestamp": f"2026-01-02T03:04:0{n}Z", "status": "PENDING", "status_message": f"step {n}"} for n in range(3)
+        {"timestamp": f"2026-01-02T03:04:0{n}Z", "status": "DELETING", "status_message": f"step {n}"} for n in range(3)
     ]
-    wire.put("deployments", "q1", config="q1", status="READY", status_history=history)
-    assert nimhost("wait", "q1").stdout == "03:04:02  PENDING   step 2\nq1 is READY.\n"
+    wire.put("deployments", "q1", config="q1", status="DELETING", status_history=history)
+    monkeypatch.setattr("time.sleep", lambda _: wire.rows.clear())
+    done = nimhost("wait", "q1", "--status", "DELETED")
+    assert (done.exit_code, done.stdout) == (0, "03:04:02  DELETING  step 2\nq1 is gone.\n")
+
+
+def test_wait_fails_at_once_where_no_daemon_is(nimhost: Run, wire: FakeWire) -> None:
+    wire.close()
+    done = nimhost("wait", "q1")
+    assert done.exit_code == 1
+    assert "nimhost serve" in done.stderr
 
 
 def test_wait_says_that_an_update_failed(nimhost: Run, wire: FakeWire) -> None:
@@ -514,6 +526,19 @@ def test_rm_takes_what_deploy_made(nimhost: Run, wire: FakeWire) -> None:
     assert [wire.names(kind) for kind in KINDS] == [[], [], [], []]
 
 
+def test_rm_tells_why_it_takes_longer(nimhost: Run, wire: FakeWire, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        {"timestamp": f"2026-01-02T03:04:0{n}Z", "status": "DELETING", "status_message": said}
+        for n, said in enumerate(("Requested.", "Waiting for Docker."))
+    ]
+    wire.put("deployments", "q1", config="c1", status_history=entries[:1])
+    wire.refuse["DELETE", "/deployments/q1"] = Refusal(202, "", "")
+    looks = iter([lambda: wire.rows["deployments", "default", "q1"].update(status_history=entries), wire.rows.clear])
+    monkeypatch.setattr("time.sleep", lambda _: next(looks)())
+    done = nimhost("rm", "q1")
+    assert (done.stdout, done.stderr) == ("Removed q1.\n", "03:04:01  DELETING  Waiting for Docker.\n")
+
+
 def test_rm_leaves_what_others_made_or_use(nimhost: Run, wire: FakeWire) -> None:
     wire.put("deployments", "q1", config="q1")
     wire.put("deployment-configs", "q1", description=f"{MADE_BY} x")
@@ -523,6 +548,19 @@ def test_rm_leaves_what_others_made_or_use(nimhost: Run, wire: FakeWire) -> None
     done = nimhost("rm", "q1")
     assert (done.exit_code, done.stdout, done.stderr) == (0, "Removed q1.\n", "")
     assert [wire.names(kind) for kind in KINDS] == [["q1"], ["q1"], ["q1"], []]
+
+
+def test_rm_keeps_the_model_of_adapters_and_says_so(nimhost: Run, wire: FakeWire) -> None:
+    becomes_ready(wire)
+    nimhost("deploy", "Qwen/Qwen3-1.7B")
+    wire.put("adapters", "math", "team", model=f"default/{QWEN}", fileset="default/lora")
+    wire.put("adapters", "other", model="default/another", fileset="default/lora")
+    done = nimhost("rm", QWEN)
+    assert done.stdout == f"Removed {QWEN} and its deployment config.\n"
+    assert "stay, for the adapters on it: team/math." in done.stderr
+    assert f"nimhost models delete {QWEN} && nimhost files filesets delete {QWEN}" in done.stderr
+    assert [wire.names(kind) for kind in KINDS] == [[QWEN], [QWEN], [], []]
+    assert wire.names("adapters") == ["math", "other"]
 
 
 def test_rm_keeps_the_config_when_asked(nimhost: Run, wire: FakeWire) -> None:
@@ -552,7 +590,7 @@ def test_ctrl_c_during_rm_says_what_stays(nimhost: Run, wire: FakeWire, monkeypa
     assert f"nimhost rm {QWEN}" in done.stderr
 
 
-def interrupted(*_: object) -> None:
+def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 

@@ -61,7 +61,7 @@ def test_the_next_step_names_the_workspace_that_was_asked(nimhost: Run, wire: Fa
     wire.put("deployments", "qwen3", config="c1", workspace="team")
     said = nimhost("stop", "team/qwen").stderr
     assert "Did you mean qwen3? See which there are: nimhost ps --workspace team\n" in said
-    assert nimhost("stop", "qwen", "-w", "team").stderr.endswith("See which there are: nimhost ps\n")
+    assert nimhost("stop", "qwen", "-w", "team").stderr.endswith("See which there are: nimhost --workspace team ps\n")
 
 
 def test_a_hint_of_the_daemon_s_own_is_the_one_that_is_shown(nimhost: Run, wire: FakeWire) -> None:
@@ -101,11 +101,15 @@ def test_ps_shows_the_last_probe_of_an_engine_that_loads(nimhost: Run, wire: Fak
 
 def test_wait_prints_what_the_probe_finds_once(nimhost: Run, wire: FakeWire) -> None:
     wire.put("deployments", "q1", config="c1", status="PENDING", status_message="Loading.", progress=LOADING)
-    done = nimhost("wait", "q1", "--timeout", "1.2")
+    done = nimhost("wait", "inference", "deployment", "q1", "--timeout", "1.2")
     assert done.exit_code == 1
     assert len([a for a in wire.asked if a.path.endswith("/deployments/q1")]) > 1
     assert done.stdout.count("last probe: /health answers 503\n") == 1
     assert "PENDING: Loading. Last probe: /health answers 503." in done.stderr
+    done = nimhost("wait", "q1", "--timeout", "0.2")
+    assert done.exit_code == 1
+    assert done.stdout.count("engine    /health answers 503") == 1
+    assert "q1 is not ready after 0.2 s." in done.stderr
 
 
 def test_start_says_what_it_did_without_waiting(nimhost: Run, wire: FakeWire) -> None:
@@ -118,6 +122,11 @@ def test_start_says_what_it_did_without_waiting(nimhost: Run, wire: FakeWire) ->
         "loading is starting already. Follow it with: nimhost wait loading\n"
     )
     assert [a.path.rpartition("/")[0].rpartition("/")[2] for a in wire.asked if a.method == "POST"] == ["off"]
+
+
+def test_start_without_waiting_gives_programs_the_deployment(nimhost: Run, wire: FakeWire) -> None:
+    wire.ready("on", "default/on")
+    assert json.loads(nimhost("start", "on", "--no-wait", "-f", "json").stdout)["name"] == "on"
 
 
 def test_start_of_a_running_one_says_so(nimhost: Run, wire: FakeWire) -> None:
@@ -347,3 +356,9 @@ def test_a_time_limit_holds_while_there_is_news_all_the_time(nimhost: Run, wire:
     done = nimhost("deploy", "owner/q1", "--name", "q1", "--timeout", "0.5")
     assert done.exit_code == 1
     assert "q1 is not ready after 0.5 s." in done.stderr
+
+
+@pytest.mark.parametrize(("path", "command"), LEAVES, ids=[" ".join(path) for path, _ in LEAVES])
+def test_every_option_says_what_it_is(path: tuple[str, ...], command: click.Command) -> None:
+    options = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
+    assert [option.opts[-1] for option in options if not option.help] == []

@@ -94,7 +94,14 @@ def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
 def test_what_has_to_be_fetched_is_shown_with_the_room_for_it() -> None:
     shown = text(explanation(vllm(), absent(weights_free_bytes=100 * GIB)))
     assert "Disk, weights: 3.2 GiB, 100.0 GiB free at /w" in shown
-    assert "Disk, image: 27.0 GiB, 931.3 GiB free at /i" in shown
+    assert "Disk, image: 27.0 GiB (13.5 GiB to download), 931.3 GiB free at /i" in shown
+
+
+def test_an_image_for_other_machines_is_shown_as_that() -> None:
+    found = explanation(vllm(), replace(here(), made_for={vllm().ref: "arm64"}, machine="amd64"))
+    assert "NO   Image is made for arm64" in text(found)
+    found = explanation(vllm(), replace(here(), made_for={vllm().ref: "amd64"}, machine="amd64"))
+    assert "ok   Image is made for amd64" in text(found)
 
 
 def test_an_unknown_model_is_said_to_be_unknown() -> None:

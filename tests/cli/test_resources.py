@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from nimhost.cli.main import cli
 from nimhost.cli.resources_files import local_place, uploads
 from nimhost.errors import BadRequest
 from nimhost.kinds import KINDS
+from tests.cli.terminal import Terminal
 from tests.e2e.daemon import DaemonProcess
 from tests.e2e.upstreams import OPENAI_KEY, Upstreams
 from tests.tiny import tiny_lora
@@ -351,6 +353,23 @@ def test_files_go_up_and_come_down_as_they_are(here: Run, tmp_path: Path) -> Non
     assert "Deleted" in here("files", "delete", "fs", "--remote-path", "renamed.txt").stdout
     assert len(data(here("files", "list", "fs"))) == 2
     assert "files list fs" in here("files", "download", "fs", "--remote-path", "no", "-o", "x", code=1).stderr
+
+
+def test_large_files_show_how_far_they_are(here: Run, terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    (tmp_path / "up").mkdir()
+    sizes = {"empty.txt": 0, "large.bin": 9_000_000, "small.bin": 1000}
+    for name, size in sizes.items():
+        (tmp_path / "up" / name).write_bytes(random.Random(size).randbytes(size))
+    here("files", "filesets", "create", "fs")
+    shown = terminal("files", "upload", f"{tmp_path}/up/", "fs")
+    assert shown.exit_code() == 0
+    fetched = terminal("files", "download", "fs", "-o", str(tmp_path / "down"))
+    assert fetched.exit_code() == 0
+    for said in (shown, fetched):
+        assert said.text.count("100%") == 1, said.text
+        assert "large.bin  [" in said.text
+    for name in sizes:
+        assert (tmp_path / "down" / name).read_bytes() == (tmp_path / "up" / name).read_bytes()
 
 
 def test_an_upload_without_a_fileset_makes_one(here: Run, tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_pulled_weights_are_listed_verified_and_pruned(daemon: DaemonProcess, hu
     refused = nimhost("weights", "prune", stdin="n\n")
     assert (refused.exit_code, len(rows(nimhost))) == (1, 1)
     assert refused.stderr.endswith("[y/N]: Nothing was removed.\n") or "Nothing was removed.\n" in refused.output
+    nobody = nimhost("weights", "prune", stdin="")
+    assert (nobody.exit_code, "give --yes, or --dry-run" in nobody.stderr, len(rows(nimhost))) == (2, True, 1)
     unasked = nimhost("weights", "prune", "-f", "json")
     assert (unasked.exit_code, "--yes" in unasked.stderr, len(rows(nimhost))) == (2, True, 1)
     done = nimhost("weights", "prune", stdin="y\n")
@@ -249,20 +251,40 @@ def test_ctrl_c_ends_the_watching_and_stop_the_download(
     assert rows(nimhost) == []
 
 
+@pytest.mark.fault(18)
 @pytest.mark.fault(20)
-def test_a_daemon_killed_during_a_pull_is_said_and_it_goes_on_where_it_was(
+def test_a_pull_goes_on_by_itself_after_a_kill_9_of_the_daemon(
     daemon: DaemonProcess, hub: FakeHub, nimhost: Run, terminal: Callable[..., Terminal]
 ) -> None:
-    hub.faults.bytes_per_s = 4e5
-    window = terminal("weights", "pull", "org/big")
+    hub.add("org/gated", FILES, gated=True, readers=("hf_good",))
+    assert nimhost("secrets", "create", "tok", "--from-file", "-", stdin="hf_good").exit_code == 0
+    hub.faults.bytes_per_s = 2e6
+    window = terminal("weights", "pull", "org/gated", "--secret", "tok")
     wait_until(lambda: hub.sent_bytes() > MIB, 20)
     daemon.kill()
     assert window.exit_code() == 1
-    assert "run this again: a download continues where it stopped" in " ".join(window.text.split())
+    assert "Once nimhost runs again, the download goes on where it stopped" in " ".join(window.text.split())
     hub.faults.bytes_per_s = None
     daemon.start()
-    assert nimhost("weights", "pull", "org/big").exit_code == 0
+    wait_until(lambda: [row["state"] for row in rows(nimhost)] == ["complete"], 20)
     assert hub.sent_bytes() - SIZE < MIB // 2
+    assert "is here after" in nimhost("weights", "pull", "org/gated").stdout
+
+
+@pytest.mark.fault(2)
+def test_a_pull_that_is_not_followed_any_more_waits_for_a_hub_that_asks_for_it(
+    daemon: DaemonProcess, hub: FakeHub, nimhost: Run
+) -> None:
+    hub.faults.bytes_per_s = 2e5
+    hub.faults.drops, hub.faults.drop_after_bytes = 100, MIB // 4
+    with daemon.http.stream("POST", "/apis/nimhost/v1/weights/pull", json={"repo_id": "org/big"}) as following:
+        assert "fetching" in next(following.iter_lines())
+        wait_until(lambda: hub.sent_bytes() > 0, 20)
+    hub.faults.busy, hub.faults.retry_after_s = 100, 3600
+    wait_until(lambda: "trying again in 3600 s" in str(rows(nimhost)), 20)
+    assert "429" in nimhost("weights", "list").stdout
+    hub.faults = Faults()
+    assert nimhost("weights", "pull", "org/big").exit_code == 0, "asked again, it does not wait"
 
 
 def test_a_fileset_that_goes_takes_its_broken_off_download_along(

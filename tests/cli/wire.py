@@ -35,7 +35,8 @@ class Refusal(Exception):
 
 
 class FakeWire:
-    """`script` is played to whoever follows progress: snapshots, Events to wait for, and None, which ends it.
+    """`script` is played to whoever follows progress: snapshots, Events to wait for, and None, which ends it. Without
+    one they see how the deployment is.
 
     `answer` is played to whoever chats: bytes, Events, and None, which breaks off.
     """
@@ -47,13 +48,14 @@ class FakeWire:
         self.script: list[Json | threading.Event | None] = []
         self.answer: list[bytes | threading.Event | None] = []
         self.answer_type = "text/event-stream"
+        self.said: dict[str, Json] = {}
+        """Path -> what is answered there, whatever else there is."""
         self.plan: Json = {"verdict": "starts", "reason": None, "hint": None}
         self.logs = b""
         self.log_end: threading.Event | None = None
         self.refuse: dict[tuple[str, str], Refusal] = {}
         self.refuse_if: Callable[[Asked], Refusal | None] = lambda asked: None
         self.left: list[str] = []
-        self.has_progress = True
         self.closing = threading.Event()
         self.successor: FakeWire | None = None
         verbs = {f"do_{verb}": _Handler._answer for verb in ("GET", "POST", "PUT", "PATCH", "DELETE")}
@@ -141,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, asked: Asked) -> None:
         if asked.path.endswith("/chat/completions"):
             return self._stream(asked, self.wire.answer_type, self.wire.answer)
+        if asked.path in self.wire.said:
+            return self._json(200, self.wire.said[asked.path])
         parts = asked.path.strip("/").split("/")
         if asked.path == "/apis/nimhost/v1/plan":
             return self._json(200, self.wire.plan)
@@ -148,8 +152,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "NotFound", "Not Found")
         _, _, _, _, workspace, kind, *rest = parts
         name, action = [*rest, "", ""][:2]
-        if action == "progress" and not self.wire.has_progress:
-            raise Refusal(404, "NotFound", "Not Found")
         row = self.wire.rows.get((kind, workspace, name))
         if name and row is None:
             raise Refusal(404, "NotFound", f"{KINDS[kind].label} '{workspace}/{name}' not found")
@@ -194,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _progress(self, asked: Asked, row: Json) -> None:
         def pieces() -> Iterable[bytes | threading.Event]:
-            for step in self.wire.script:
+            for step in self.wire.script or [snapshot_of(row)]:
                 if step is None:
                     return
                 if isinstance(step, threading.Event):
@@ -250,6 +252,10 @@ def sse(*texts: str, model: str = "m", **last: Any) -> list[bytes | threading.Ev
     chunks: list[Json] = [{"model": model, "choices": [{"index": 0, "delta": delta}]} for delta in deltas]
     chunks.append({"model": model, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], **last})
     return [*(f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks), b"data: [DONE]\n\n"]
+
+
+def snapshot_of(row: Json) -> Json:
+    return {key: row.get(key) for key in ("status", "status_message", "progress", "desired", "update")}
 
 
 def snapshot(status: str, message: str = "", **progress: Any) -> Json:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from nimhost.client.settings import DEFAULT_URL, check_url, load, read_stored, resolve, settings_path, write_stored
+from nimhost.client.settings import (
+    DEFAULT_URL,
+    check_url,
+    is_loopback,
+    load,
+    read_stored,
+    resolve,
+    settings_path,
+    write_stored,
+)
 from nimhost.errors import ConfigError
 
 ALL = {"NIMHOST_BASE_URL": "http://env", "NMP_BASE_URL": "http://reference"}
@@ -86,3 +95,20 @@ def test_a_token_that_no_header_can_carry_is_a_wrong_setting(token: str) -> None
     with pytest.raises(ConfigError, match="access token") as caught:
         resolve({}, {"NIMHOST_ACCESS_TOKEN": token}, {})
     assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "loopback"),
+    [
+        ("http://127.0.0.1:8080", True),
+        ("http://127.8.9.10", True),
+        ("http://[::1]:8080", True),
+        ("http://localhost:8080", True),
+        ("http://localhost.example.com", False),
+        ("http://127.example.com", False),
+        ("http://10.0.0.1:8080", False),
+        ("https://gpu-box", False),
+    ],
+)
+def test_what_only_this_machine_reaches(url: str, loopback: bool) -> None:
+    assert is_loopback(url) is loopback
