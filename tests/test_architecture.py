@@ -123,3 +123,21 @@ def test_every_outside_library_is_in_the_table() -> None:
 def test_modules_are_short_enough_to_read() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
+SURVIVE_ANYTHING = {
+    "api.http": 1, "gateway.cycle": 1, "gateway.proxy": 1, "deployments.reconciler": 2, "deployments.loading": 1,
+    "deployments.pulls": 1, "deployments.specs": 1,
+}  # fmt: skip
+"""Where any exception at all is caught, and in how many places: the last border of a request, a loop or an action. Each
+says in a comment why it has to go on."""
+
+
+def test_only_the_last_borders_catch_whatever_comes() -> None:
+    found: dict[str, int] = {}
+    for path in ROOT.rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        handlers = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ExceptHandler)]
+        if broad := sum(isinstance(h.type, ast.Name) and h.type.id == "Exception" for h in handlers):
+            found[name] = broad
+    assert {name: number for name, number in found.items() if number > SURVIVE_ANYTHING.get(name, 0)} == {}

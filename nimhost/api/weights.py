@@ -17,13 +17,13 @@ from nimhost.api.http import JsonReply, read_json
 from nimhost.api.inference import stream_reply
 from nimhost.api.parts import Parts
 from nimhost.api.rules import check_remote
-from nimhost.config import ngc_api_key
+from nimhost.deployments.pulls import Asked
 from nimhost.deployments.repos import repo_in
 from nimhost.deployments.weights_stock import Stock
 from nimhost.entities import HuggingFaceStorage, NgcStorage
 from nimhost.errors import BadRequest, NotFound, NotReady
 from nimhost.host.weights.wire import Choice, Repo
-from nimhost.refs import DEFAULT_WORKSPACE, NGC_KEY
+from nimhost.refs import DEFAULT_WORKSPACE, NGC_KEY, Ref, parse_ref
 
 PATH = "/apis/nimhost/v1/weights"
 Json = dict[str, Any]
@@ -76,16 +76,16 @@ class WeightsCache:
         return JsonReply({"data": rows})
 
     async def pull(self, request: Request) -> Response:
-        """The download does not end with the reply."""
+        """The download does not end with the reply, nor with this daemon."""
         wanted: Wanted = read_struct(Wanted, await read_json(request))
-        repo = repo_named(wanted)
-        token = await self._token(wanted)
-        pull = self._stock().pull(repo, token, Choice(tuple(wanted.allow), tuple(wanted.ignore)))
+        choice = Choice(tuple(wanted.allow), tuple(wanted.ignore))
+        asked = Asked(repo_named(wanted), choice, await self._secret(wanted))
+        pull = await self._stock().pulls.ask(asked)
         return await stream_reply(_events(pull.follow()), "text/event-stream")
 
     async def stop(self, request: Request) -> Response:
         repo = repo_named(read_struct(Named, await read_json(request)))
-        if not await self._stock().stop(repo):
+        if not await self._stock().pulls.stop(repo):
             raise NotFound(f"{repo} is not being pulled.", "What deployments fetch ends with: nimhost stop NAME")
         return JsonReply({"repo": str(repo)})
 
@@ -100,13 +100,12 @@ class WeightsCache:
         kept = [{**msgspec.to_builtins(row), "why": why} for row, why in found.kept]
         return JsonReply({"data": gone, "freed_bytes": sum(freed for _, freed in found.gone), "kept": kept})
 
-    async def _token(self, wanted: Wanted) -> str | None:
-        if wanted.secret is not None:
-            return await token_named(self._parts, wanted.secret, wanted.workspace)
-        if wanted.registry != "ngc":
+    async def _secret(self, wanted: Wanted) -> Ref | None:
+        """The secret that is named. Raises BadRequest for one that does not exist."""
+        if wanted.secret is None:
             return None
-        stored = await self._parts.store.find("secrets", *NGC_KEY)
-        return await token_named(self._parts, str(NGC_KEY), NGC_KEY.workspace) if stored else ngc_api_key()
+        await token_named(self._parts, wanted.secret, wanted.workspace)
+        return parse_ref(wanted.secret, wanted.workspace, "secret")
 
     def _stock(self) -> Stock:
         if self._parts.stock is None:

@@ -31,14 +31,12 @@ from nimhost.deployments.alone import bring_up
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import GpuSlot, Instance, Observed
 from nimhost.deployments.placement import kept_for, reserved
-from nimhost.deployments.retry import Limits
+from nimhost.deployments.retry import MESSAGE_LIMIT, Limits
 from nimhost.deployments.roll import first_in_line, roll, soon_again
 from nimhost.deployments.room import beside, coming
 from nimhost.deployments.situation import Situation, Verdict, preparing, removal, routable, starting
 from nimhost.entities import Status
 from nimhost.refs import Ref
-
-__all__ = ["Verdict", "decide", "orphans", "plan"]
 
 STOPPING = "Stopping."
 DELETION = "Deployment deletion requested"
@@ -93,7 +91,7 @@ def decide(s: Situation) -> Verdict:
     run, leaving = verdict.run, s.desired.deleting or s.desired.stopped
     if leaving or verdict.status in ("READY", "ERROR"):  # who leaves, serves, or has given up keeps no GPUs from others
         run = replace(run, replaced_at=0.0, kept_gpus=(), waiting_since=0.0 if leaving else run.waiting_since)
-    return replace(verdict, run=run)
+    return replace(verdict, run=run, message=verdict.message[:MESSAGE_LIMIT])
 
 
 def _in_flight(s: Situation) -> Verdict | None:  # 1

@@ -57,11 +57,11 @@ class Readings:
         if not wanted:
             return {}
         images = await self._images_dir()
-        return await asyncio.to_thread(lambda: {d.ref: self._room(d, images) for d in wanted})
+        return await asyncio.to_thread(self._rooms, wanted, images)
 
     async def rooms_for_weights(self, d: Desired) -> Mapping[Ref, Room]:
         """Without Docker, where nothing is known about images."""
-        return {d.ref: await asyncio.to_thread(self._room, d, None)}
+        return await asyncio.to_thread(self._rooms, (d,), None)
 
     async def _images_dir(self) -> Path | None:
         """Where Docker keeps images; None when that is on another machine."""
@@ -73,14 +73,20 @@ class Readings:
             return None
         return path if path.is_absolute() and path.exists() else None
 
-    def _room(self, d: Desired, images: Path | None) -> Room:
+    def _rooms(self, desired: Iterable[Desired], images: Path | None) -> Mapping[Ref, Room]:
         """Blocking; in a thread."""
+        promised = promised_bytes(self._cache_dir)
+        return {d.ref: self._room(d, images, promised) for d in desired}
+
+    def _room(self, d: Desired, images: Path | None, promised: Mapping[str, int]) -> Room:
         cache = self._cache_of(d)
+        folder = cache.folder if cache else ""
         return Room(
             weights_path=str(self._cache_dir),
             weights_free_bytes=free_bytes(self._cache_dir),
             weights_there_bytes=occupied_bytes(cache.blobs) if cache else 0,
-            promised_bytes=promised_bytes(self._cache_dir, cache),
+            promised_bytes=sum(size for repo, size in promised.items() if repo != folder),
+            fetching=folder in promised,
             images_path=str(images or ""),
             images_free_bytes=free_bytes(images) if images else None,
             same=images is not None and same_file_system(images, self._cache_dir),

@@ -1,4 +1,4 @@
-"""The weights cache for those who look after it: what is there and who uses it, fetched ahead, verified, pruned."""
+"""The weights cache for those who look after it: what is there and who uses it, verified, pruned."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from nimhost.deployments.desired import Desired
+from nimhost.deployments.pulls import Pulls, failed
 from nimhost.deployments.repos import repo_in, repo_of
 from nimhost.deployments.shelf import Shelved, Use, why_kept, with_users
 from nimhost.deployments.storage import HubWeights
@@ -25,14 +26,12 @@ from nimhost.host.weights.cache import RepoCache
 from nimhost.host.weights.inventory import Held, cache_of, look_at, scan
 from nimhost.host.weights.prune import remove
 from nimhost.host.weights.verify import Verdict, verify
-from nimhost.host.weights.wire import ALL, Choice, Repo
+from nimhost.host.weights.wire import Repo
 from nimhost.kinds import KINDS
 from nimhost.store import Store
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
-PAUSE_S = 0.2
-"""Followers hear of progress at most this often."""
 _STEP_BYTES = 64 << 20
 
 
@@ -43,49 +42,21 @@ class Pruned(Struct, frozen=True):
     kept: list[tuple[Shelved, str]]
 
 
-class Pull:
-    """A download that somebody asked for by itself. It goes on without those who follow it."""
-
-    def __init__(self) -> None:
-        self.latest: WeightsProgress | None = None
-        self.task: asyncio.Task[Json]
-        self._moved = asyncio.Event()
-
-    def tell(self, progress: WeightsProgress | None) -> None:
-        self.latest = progress or self.latest
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
-
-    async def follow(self) -> AsyncIterator[Json]:
-        """Progress, and at last what became of it."""
-        last: WeightsProgress | None = None
-        while not self.task.done():
-            moved = self._moved
-            if self.latest is not None and self.latest != last:
-                last = self.latest
-                yield {"status": "fetching", **msgspec.to_builtins(last)}
-                await asyncio.sleep(PAUSE_S)
-            else:
-                await moved.wait()
-        yield self.task.result()
-
-
 class Stock:
     """Owned by the daemon. `read_desired`: every deployment as it should be."""
 
     def __init__(
-        self, weights: Weights, store: Store, read_desired: Callable[[], Awaitable[Sequence[Desired]]]
+        self,
+        weights: Weights,
+        store: Store,
+        pulls: Pulls,
+        read_desired: Callable[[], Awaitable[Sequence[Desired]]],
     ) -> None:
         self._weights = weights
         self._store = store
+        self.pulls = pulls
         self._read_desired = read_desired
-        self._pulls: dict[tuple[Repo, Choice], Pull] = {}
         self._pruning = asyncio.Lock()
-
-    async def close(self) -> None:
-        for pull in list(self._pulls.values()):
-            pull.task.cancel()
-        await asyncio.gather(*(pull.task for pull in self._pulls.values()), return_exceptions=True)
 
     # --- what there is
 
@@ -95,14 +66,18 @@ class Stock:
 
     def progress(self) -> dict[str, WeightsProgress | None]:
         """Of what is being fetched, by folder."""
-        return {_folder(self._weights, repo): progress for repo, progress in self._weights.in_flight.items()}
+        return {_folder(self._weights, repo): progress for repo, progress in self._fetching().items()}
+
+    def _fetching(self) -> dict[Repo, WeightsProgress | None]:
+        """Also what a pull waits to fetch: nobody may take away what has come of it."""
+        return {**self.pulls.in_flight, **self._weights.in_flight}
 
     async def _rows(self) -> list[tuple[Shelved, Held | None]]:
         desired = await self._read_desired()
         filesets = await self._store.all("filesets")
         held = await in_thread(scan, self._weights.cache_dir)
         uses = await in_thread(self._uses, desired, filesets)
-        fetching = {_folder(self._weights, repo): repo for repo in self._weights.in_flight}
+        fetching = {_folder(self._weights, repo): repo for repo in self._fetching()}
         rows = [_row(self._weights, one, fetching) for one in held]
         absent = [_absent(repo, folder) for folder, repo in fetching.items() if not _is_shown(rows, folder)]
         return [
@@ -120,42 +95,6 @@ class Stock:
                 cache = RepoCache(self._weights.cache_dir, repo)
                 found.append(Use(kind=kind, ref=ref, folder=cache.folder, commit=cache.commit()))  # type: ignore[arg-type]
         return found
-
-    # --- fetching
-
-    def pull(self, repo: Repo, token: str | None, choice: Choice = ALL) -> Pull:
-        """Fetch it, or join who does so already."""
-        found = self._pulls.get((repo, choice))
-        if found is None:
-            found = self._pulls[repo, choice] = Pull()
-            found.task = asyncio.create_task(self._fetch(found, repo, token, choice), name=f"pull {repo}")
-        return found
-
-    async def stop(self, repo: Repo) -> bool:
-        """End the pulls of a repository; whether there were any. What has arrived stays."""
-        found = [pull for (pulled, _), pull in self._pulls.items() if pulled == repo]
-        for pull in found:
-            pull.task.cancel()
-        await asyncio.gather(*(pull.task for pull in found), return_exceptions=True)
-        return bool(found)
-
-    async def _fetch(self, pull: Pull, repo: Repo, token: str | None, choice: Choice) -> Json:
-        try:
-            snapshot = await self._weights.fetch(repo, token, pull.tell, choice)
-            return {"status": "done", "repo": str(repo), **msgspec.to_builtins(snapshot)}
-        except NimhostError as error:
-            log.warning("pull of %s: %s", repo, error.message)
-            return _failed(error)
-        except Exception as error:
-            # Those who follow it are to hear of whatever it was, and nobody may follow it at all.
-            log.exception("pull of %s", repo)
-            return _failed(HostError(f"The download failed: {error!r}"[:500], "More is in the log of nimhost serve."))
-        except asyncio.CancelledError:
-            return {"status": "failed", "error": "Stopped", "message": f"The download of {repo} was stopped.",
-                    "hint": "It continues where it stopped with: nimhost weights pull"}  # fmt: skip
-        finally:
-            del self._pulls[repo, choice]
-            pull.tell(None)
 
     # --- verifying
 
@@ -180,9 +119,9 @@ class Stock:
                 yield step
             yield _told(repo, await task)
         except NimhostError as error:
-            yield _failed(error)
+            yield failed(error)
         except OSError as error:
-            yield _failed(HostError(f"cannot read {repo}: {error.strerror}", "Is the disk all right? See dmesg."))
+            yield failed(HostError(f"cannot read {repo}: {error.strerror}", "Is the disk all right? See dmesg."))
         finally:
             stopped = True
             task.cancel()
@@ -211,7 +150,7 @@ class Stock:
         async with self._pruning:
             for repo in repos if await self._doubt() is None else ():
                 users = with_users([_absent(repo, _folder(self._weights, repo))], await self._everybody())[0]
-                if not users.deployments and not users.filesets:
+                if not (users.deployments or users.filesets or users.folder in self.progress()):
                     await in_thread(self._discard, repo)
 
     async def _doubt(self) -> str | None:
@@ -286,7 +225,3 @@ def _told(repo: Repo, verdict: Verdict) -> Json:
     damaged = verdict.damaged
     heal = f"nimhost weights pull {replace(repo, revision=verdict.commit)!s}" if damaged else None
     return {"status": "done", "repo": str(repo), **msgspec.to_builtins(verdict), "damaged": damaged, "heal": heal}
-
-
-def _failed(error: NimhostError) -> Json:
-    return {"status": "failed", "error": type(error).__name__, "message": error.message, "hint": error.hint}

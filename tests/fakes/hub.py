@@ -5,7 +5,7 @@ runs. As a program: `python -m tests.fakes.hub DIR [--port N]` serves every `DIR
 /__faults` takes the fault attributes as JSON, `GET /__stats` shows what was served.
 
 Small files come from the hub itself; large ones (LFS) by redirect from another host name, as the real hub does it,
-which refuses requests that show it a token.
+which refuses requests that show it a token. Files that are `xet_only` come from there by the Xet protocol alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.fakes.xet import XetStorage
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 PIECE_BYTES = 16 * 1024
@@ -199,7 +201,7 @@ class _Server(ThreadingHTTPServer):
         pass  # clients of ours are killed in the middle of things: not worth a traceback
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(XetStorage, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
 
@@ -234,6 +236,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self._reply(307, b"", {"Location": self.path.replace(old, new)})
         if path.startswith("/cdn/"):
             return self._cdn(path.removeprefix("/cdn/"))
+        if path.startswith("/cas/"):
+            return self.cas(path.removeprefix("/cas/"))
         return self.answer(path, parse_qs(url.query))
 
     def answer(self, path: str, query: dict[str, list[str]]) -> None:
@@ -241,6 +245,8 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/(.+?)/(revision|tree)/(.+)", path):
             # The revision is one quoted path segment on the wire: `refs%2Fpr%2F1`.
             return self._api(match[1], match[2], match[3], query)
+        if match := re.fullmatch(r"/api/models/(.+?)/xet-read-token/(.+)", path):
+            return self.xet_token(match[1], match[2])
         if match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             return self._resolve(match[1], match[2], match[3])
         return self._refuse(404, "RepoNotFound", "Repository not found")
@@ -306,6 +312,9 @@ class Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(len(file.content)),
             "Location": f"{self.hub.cdn}/{repo_id}/{path}",
         }
+        if file.xet_only:
+            route = f"{self.hub.url}/api/models/{repo_id}/xet-read-token/{repo.commit}"
+            headers |= {"X-Xet-Hash": file.sha256, "X-Xet-Refresh-Route": route}
         return self._reply(302, b"", headers)
 
     def _cdn(self, where: str) -> None:

@@ -6,10 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.hub import FakeHub
+
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "hub"
+
+
+@pytest.fixture
+def hub(request: pytest.FixtureRequest) -> Iterator[FakeHub]:
+    """With what the module has `PUBLISHED`: repository -> files. Its listings come in pages of `PAGE_SIZE`."""
+    with FakeHub(page_size=getattr(request.module, "PAGE_SIZE", 1000)) as fake:
+        for name, files in request.module.PUBLISHED.items():
+            fake.add(name, files)
+        yield fake
 
 
 @pytest.fixture

@@ -113,6 +113,33 @@ def test_engine_that_lists_nvidia_has_it_and_one_that_does_not_leaves_it_open() 
     assert replies.engine_facts(version, {"DiscoveredDevices": [{"ID": "nvidia.com/gpu=0"}]}).nvidia_runtime is True
 
 
+@pytest.mark.parametrize(
+    ("info", "found"),
+    [
+        ({"DriverStatus": [["Backing Filesystem", "extfs"]]}, ("/docker", False)),
+        ({"DriverStatus": None}, ("/docker", False)),
+        ({"DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]]}, ("/docker", True)),
+        (
+            {
+                "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
+                "Containerd": {"Address": "/run/containerd/containerd.sock"},
+            },
+            ("/var/lib/containerd", True),
+        ),
+        (
+            {
+                "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
+                "Containerd": {"Address": "/var/run/docker/containerd/containerd.sock"},
+            },
+            ("/docker", True),
+        ),
+    ],
+)
+def test_where_images_are_kept_and_whether_packed_too(info: dict[str, Any], found: tuple[str, bool]) -> None:
+    facts = replies.engine_facts({"Version": "29.0", "ApiVersion": "1.52"}, {"DockerRootDir": "/docker", **info})
+    assert (facts.root_dir, facts.keeps_packed) == found
+
+
 def test_image_digest_is_that_of_its_own_repository() -> None:
     reply = {"Id": "sha256:1", "RepoDigests": ["other/x@sha256:2", "reg.test:5000/x@sha256:3"], "Config": None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 from nimhost.config import SimulatedGpu
 from nimhost.errors import ConfigError
 from nimhost.host import gpus as gpus_module
-from nimhost.host.gpus import GIB, Gpu, GpuFacts, LimitedGpus, NvmlGpus, SimulatedGpus, container_of, limited
+from nimhost.host.gpus import GIB, Gpu, GpuFacts, NvmlGpus, SimulatedGpus, container_of, limited
 
 
 @dataclass
@@ -147,6 +148,19 @@ async def test_processes_on_a_gpu_are_named() -> None:
     assert gpu.processes[0].name
     assert gpu.processes[0].user
     assert (gpu.processes[1].name, gpu.processes[1].user) == ("", "")
+
+
+@pytest.mark.fault(8)
+async def test_a_process_whose_name_was_cut_in_the_middle_of_a_letter_hides_no_gpu() -> None:
+    """Linux keeps 15 bytes of a name, and anybody may call a process what he likes."""
+    code = "open('/proc/self/comm', 'wb').write(b'model \\xd0'); print(flush=True); input()"
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=pipe, stdout=pipe)
+    assert child.stdout is not None
+    await child.stdout.readline()
+    (gpu,) = (await read_once(Nvml(Device("GPU-a", compute=[(child.pid, GIB)])))).gpus
+    await child.communicate(b"\n")
+    assert [p.name for p in gpu.processes] == ["model \ufffd"]
 
 
 async def test_the_ways_between_gpus_are_read_once() -> None:
@@ -367,7 +381,7 @@ def test_only_the_named_gpus_are_used(devices: list[str | int], kept: list[str])
 
 
 async def test_named_gpu_that_is_not_there_is_said() -> None:
-    facts = await LimitedGpus(SimulatedGpus([{"name": "X", "memory_gib": 1}]), ["0", "7"]).read()
+    facts = limited(await SimulatedGpus([{"name": "X", "memory_gib": 1}]).read(), ["0", "7"])
 
     assert len(facts.gpus) == 1
     assert "7" in (facts.problem or "")

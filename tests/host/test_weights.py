@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from nimhost.errors import WeightsGated, WeightsMissing
 from nimhost.host.weights import Limits, Repo, Weights, WeightsProgress, cache_dir_from
 from nimhost.host.weights.cache import RepoCache
 from tests.fakes.hub import FakeHub
+from tests.host.weights_world import TINY, children, content, nobody
 from tests.support import eventually
 
 FILES = {
@@ -31,28 +31,8 @@ FILES = {
 KEPT = {path: content for path, content in FILES.items() if path != "pytorch_model.bin"}
 SIZE = sum(map(len, KEPT.values()))
 QUICK = Limits(stall_s=0.5, tries=4, backoff_s=0.05)
-TINY = Repo("org/tiny")
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub(page_size=3) as fake:
-        fake.add("org/tiny", FILES)
-        yield fake
-
-
-def nobody(_: WeightsProgress) -> None:
-    pass
-
-
-def content(root: str | Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
-
-
-def children() -> list[int]:
-    """The download processes of this one."""
-    own = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in own if b"weights.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+PUBLISHED = {"org/tiny": FILES}
+PAGE_SIZE = 3
 
 
 async def test_fetched_weights_are_whole_and_chosen(hub: FakeHub, cache: Path) -> None:
@@ -147,6 +127,17 @@ async def test_two_daemons_fetch_each_file_once(hub: FakeHub, cache: Path) -> No
     first, second = await asyncio.gather(*(daemon.fetch(TINY, None, nobody) for daemon in daemons))
     assert first == second
     assert hub.sent_bytes() == SIZE
+
+
+@pytest.mark.fault(2)
+async def test_who_has_a_good_token_is_not_refused_with_who_has_none(hub: FakeHub, cache: Path) -> None:
+    hub.add("org/gated", FILES, gated=True, readers=("hf_good",))
+    weights, gated = Weights(cache, hub.url, False, QUICK), Repo("org/gated")
+    *_, good = await asyncio.gather(
+        *(weights.fetch(gated, token, nobody) for token in ("hf_wrong", "hf_good")), return_exceptions=True
+    )
+    assert not isinstance(good, BaseException)
+    assert content(good.path) == KEPT
 
 
 async def test_one_who_leaves_does_not_stop_the_others(hub: FakeHub, cache: Path) -> None:
@@ -284,25 +275,6 @@ async def test_paths_that_lead_outside_are_refused(hub: FakeHub, cache: Path) ->
     with pytest.raises(Exception, match="outside of the cache"):
         await Weights(cache, hub.url, False, QUICK).fetch(Repo("org/evil"), None, nobody)
     assert not list(cache.parent.glob("**/outside*"))
-
-
-async def test_file_that_only_xet_has_comes_through_the_library(
-    hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The library itself is replaced: its Xet protocol has no stand-in. That it is asked, and for what, is shown."""
-    hub.add("org/xet", KEPT, xet_only=("model.safetensors",))
-    library = tmp_path / "library"
-    library.mkdir()
-    (library / "huggingface_hub.py").write_text(
-        "import hashlib, pathlib\n"
-        "def hf_hub_download(repo_id, filename, *, repo_type, revision, cache_dir, endpoint, token):\n"
-        "    content = bytes(range(256)) * 8000\n"
-        "    blobs = pathlib.Path(cache_dir, 'models--' + repo_id.replace('/', '--'), 'blobs')\n"
-        "    (blobs / hashlib.sha256(content).hexdigest()).write_bytes(content)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(library))
-    got = await Weights(cache, hub.url, False, QUICK).fetch(Repo("org/xet"), None, nobody)
-    assert content(got.path) == KEPT
 
 
 def test_fetches_on_the_daemons_own_loop(hub: FakeHub, cache: Path) -> None:

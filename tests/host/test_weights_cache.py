@@ -167,8 +167,26 @@ async def test_directory_that_cannot_be_deployed_says_why(
         await describe_weights(Directory(tmp_path))
 
 
+@pytest.mark.fault(20)
+def test_a_kill_9_while_a_branch_is_noted_leaves_nothing_that_other_tools_take_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(fd: int) -> None:
+        raise Killed
+
+    (tmp_path / "models--org--tiny").mkdir()
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(Killed):
+        RepoCache(tmp_path, TINY).write_ref(COMMIT)
+    assert list((tmp_path / "models--org--tiny" / "refs").iterdir()) == []
+
+
 def test_a_commit_is_found_by_the_branch_it_was_found_by_unless_another_tool_knows_better(tmp_path: Path) -> None:
     refs = tmp_path / "models--org--tiny" / "refs"
+    refs.parent.mkdir()
     RepoCache(tmp_path, Repo("org/tiny", COMMIT, branch="main")).write_ref(COMMIT)
     assert RepoCache(tmp_path, TINY).commit() == COMMIT
     (refs / "main").write_text("b" * 40)

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,13 @@ from nimhost.host.weights import meter as weights_meter
 from nimhost.host.weights import parts as weights_parts
 from nimhost.host.weights.cache import PARTIAL, RepoCache
 from nimhost.host.weights.choice import HubFile
-from nimhost.host.weights.disk import reserved_space
+from nimhost.host.weights.disk import promised_bytes, reserved_space
 from nimhost.host.weights.meter import Meter
 from nimhost.host.weights.wire import Job
 from tests.fakes.hub import FakeHub
-from tests.host.test_weights import children
-from tests.support import eventually, wait_until
+from tests.host.weights_world import BIG, MIB, TINY, News, children, content, fetched_by_daemon, interrupt_at, killed_at
+from tests.support import eventually
 
-MIB = 1 << 20
 FILES = {
     "config.json": b"{}",
     **{f"model-0000{n}-of-00003.safetensors": random.Random(n).randbytes(4 * MIB) for n in (1, 2, 3)},
@@ -41,32 +39,7 @@ FILES = {
 SHARD = "model-00002-of-00003.safetensors"
 SIZE = sum(map(len, FILES.values()))
 QUICK = Limits(stall_s=0.4, tries=4, backoff_s=0.05)
-BIG = Repo("org/big")
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        fake.add("org/big", FILES)
-        yield fake
-
-
-class News:
-    """Collects progress."""
-
-    def __init__(self) -> None:
-        self.all: list[WeightsProgress] = []
-
-    def __call__(self, progress: WeightsProgress) -> None:
-        self.all.append(progress)
-
-    @property
-    def messages(self) -> str:
-        return "\n".join(dict.fromkeys(p.message for p in self.all if p.message))
-
-
-def content(root: str | Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
+PUBLISHED = {"org/big": FILES}
 
 
 # --- the hub is busy, down, slow -----------------------------------------------------------------------------------
@@ -75,12 +48,12 @@ def content(root: str | Path) -> dict[str, bytes]:
 @pytest.mark.fault(2)
 @pytest.mark.fault(14)
 async def test_busy_hub_is_asked_again_when_it_said_so(hub: FakeHub, cache: Path) -> None:
-    hub.faults.busy, hub.faults.retry_after_s, hub.faults.busy_where = 1, 1, "/cdn/"
+    hub.faults.busy, hub.faults.retry_after_s, hub.faults.busy_where = 1, 0.4, "/cdn/"
     news, began = News(), time.monotonic()
     got = await Weights(cache, hub.url, False, QUICK).fetch(BIG, None, news)
     assert content(got.path) == FILES
-    assert time.monotonic() - began >= 1
-    assert "localhost answers 429, retrying in 1 s" in news.messages
+    assert time.monotonic() - began >= 0.4
+    assert "localhost answers 429, retrying in 0.4 s" in news.messages
 
 
 @pytest.mark.fault(14)
@@ -167,8 +140,8 @@ async def test_download_that_stalls_says_so_and_goes_on(hub: FakeHub, cache: Pat
 @pytest.mark.fault(14)
 async def test_download_that_stalls_for_good_gives_up(hub: FakeHub, cache: Path) -> None:
     hub.faults.stalls, hub.faults.stall_after_bytes = 100, 0
-    with pytest.raises(HubUnavailable, match=r"no data for 0.4 s, 4 times in a row"):
-        await Weights(cache, hub.url, False, QUICK).fetch(BIG, None, News())
+    with pytest.raises(HubUnavailable, match=r"no data for 0.1 s, 4 times in a row"):
+        await Weights(cache, hub.url, False, Limits(stall_s=0.1, tries=4, backoff_s=0.05)).fetch(BIG, None, News())
 
 
 def test_silence_is_reported_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,6 +367,17 @@ async def test_space_promised_to_another_download_is_not_free(
 
 
 @pytest.mark.fault(17)
+def test_what_two_downloads_of_one_repository_lack_is_promised_once(cache: Path) -> None:
+    """They wait for each other's files. Their processes may have the same number, each in a container of its own."""
+    big, small = RepoCache(cache, BIG), RepoCache(cache, TINY)
+    big.make_dirs()
+    small.make_dirs()
+    with reserved_space(big, files_of(4 * MIB)), reserved_space(big, files_of(MIB)), reserved_space(small, files_of(1)):
+        assert promised_bytes(cache) == {big.folder: 4 * MIB, small.folder: 1}
+    assert promised_bytes(cache) == {}
+
+
+@pytest.mark.fault(17)
 def test_only_what_is_still_to_come_needs_space(hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = RepoCache(cache, BIG)
     here.make_dirs()
@@ -454,42 +438,15 @@ async def test_cache_that_cannot_be_written_says_whose_fault_it_is(hub: FakeHub,
 
 # --- killed --------------------------------------------------------------------------------------------------------
 
-DAEMON = """
-import asyncio, sys
-from pathlib import Path
-from nimhost.host.weights import Limits, Repo, Weights
-weights = Weights(Path(sys.argv[1]), sys.argv[2], False, Limits(stall_s=5))
-print(asyncio.run(weights.fetch(Repo("org/big"), None, lambda p: None)).path, flush=True)
-"""
-
-
-def start_daemon(cache: Path, hub: FakeHub) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", DAEMON, str(cache), hub.url], stdout=subprocess.PIPE)
-
-
-async def interrupt_at(weights: Weights, arrived_bytes: int) -> None:
-    news = News()
-    fetch = asyncio.create_task(weights.fetch(BIG, None, news))
-    await eventually(lambda: bool(news.all) and news.all[-1].done_bytes > arrived_bytes)
-    fetch.cancel()
-    await asyncio.wait([fetch])
-
 
 @pytest.mark.fault(18)
 @pytest.mark.fault(20)
 def test_daemon_killed_at_any_point_fetches_next_to_nothing_twice(hub: FakeHub, cache: Path) -> None:
     hub.faults.bytes_per_s = 4e6
-    points = (0.02, 0.3, 0.6, 0.9, 0.99)
-    for point in points:
-        with start_daemon(cache, hub) as daemon:
-            wait_until(lambda point=point: hub.sent_bytes() >= point * SIZE, timeout_s=20)
-            (child,) = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
-            daemon.send_signal(signal.SIGKILL)
-        wait_until(lambda child=child: not Path(f"/proc/{child}").exists())
-        assert RepoCache(cache, BIG).find() is None
-    with start_daemon(cache, hub) as daemon:
-        assert daemon.stdout is not None
-        assert content(daemon.stdout.readline().decode().strip()) == FILES
+    points = [part * SIZE for part in (0.02, 0.3, 0.6, 0.9, 0.99)]
+    for _ in killed_at(points, cache, hub, part_bytes=16 * MIB):
+        pass
+    assert fetched_by_daemon(cache, hub, part_bytes=16 * MIB) == FILES
     twice = hub.sent_bytes() - SIZE
     assert twice < len(points) * 3 * 256 * 1024, "three connections, five kills: at most what was in the sockets"
     assert sorted(hub.starts(SHARD))[-1] > 3 * MIB
@@ -532,6 +489,7 @@ async def test_token_is_nowhere_but_in_the_request(hub: FakeHub, cache: Path) ->
     (child,) = children()
     for name in ("cmdline", "environ"):
         assert canary.encode() not in Path(f"/proc/{child}/{name}").read_bytes()
+    hub.faults.bytes_per_s = None
     await fetch
     assert canary not in repr(news.all)
     assert not [p for p in cache.rglob("*") if p.is_file() and canary.encode() in p.read_bytes()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import urllib.error
-from collections.abc import Iterator
 from email.message import Message
 from io import BytesIO
 from pathlib import Path
@@ -25,17 +24,12 @@ from nimhost.host.weights.ngc import Ngc
 from nimhost.host.weights.wire import Job
 from tests.fakes.hub import FakeHub
 from tests.fakes.ngc import KEY, FakeNgc
+from tests.host.weights_world import TINY
 
 FILES = {f"part-{n}.safetensors": bytes([n]) * 100 for n in range(20)} | {"config.json": b"{}"}
 QUICK = Limits(stall_s=5, tries=2, backoff_s=0.01)
-TINY = Repo("org/tiny")
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub(page_size=5) as fake:
-        fake.add("org/tiny", FILES)
-        yield fake
+PUBLISHED = {"org/tiny": FILES}
+PAGE_SIZE = 5
 
 
 def silent(message: str) -> None:

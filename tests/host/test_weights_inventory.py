@@ -6,41 +6,29 @@ import asyncio
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import snapshot_download
 
 from nimhost.errors import WeightsMissing
-from nimhost.host.weights import Limits, Repo, Weights, WeightsProgress
+from nimhost.host.weights import Limits, Repo, Weights
 from nimhost.host.weights import inventory as weights_inventory
 from nimhost.host.weights import prune as weights_prune
+from nimhost.host.weights.cache import RepoCache
 from nimhost.host.weights.inventory import Held, scan
 from nimhost.host.weights.prune import remove
 from nimhost.host.weights.verify import verify
 from tests.fakes.hub import FakeHub
 from tests.fakes.ngc import KEY, FakeNgc
-from tests.host.test_weights_faults import content, interrupt_at
+from tests.host.weights_world import BIG, MIB, content, interrupt_at, nobody, only
 from tests.support import eventually
 
-MIB = 1 << 20
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": bytes(range(256)) * 16384}
 NEWER = {"config.json": b'{"a": 2}', "model.safetensors": FILES["model.safetensors"]}
 SIZE = sum(map(len, FILES.values()))
 QUICK = Limits(stall_s=0.5, tries=4, backoff_s=0.05, part_bytes=MIB)
-BIG = Repo("org/big")
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        fake.add("org/big", FILES)
-        yield fake
-
-
-def nobody(_: WeightsProgress) -> None:
-    pass
+PUBLISHED = {"org/big": FILES}
 
 
 def silent(done: int, total: int) -> None:
@@ -49,11 +37,6 @@ def silent(done: int, total: int) -> None:
 
 async def fetch(hub: FakeHub, cache: Path, repo: Repo = BIG) -> str:
     return (await Weights(cache, hub.url, False, QUICK).fetch(repo, None, nobody)).path
-
-
-def only(cache: Path) -> Held:
-    (held,) = scan(cache)
-    return held
 
 
 def files_in(folder: Path) -> list[str]:
@@ -248,6 +231,24 @@ async def test_a_changed_byte_is_found_not_served_and_healed_by_the_next_fetch(h
     assert content(healed.path) == FILES
     assert hub.sent_bytes() == len(FILES["model.safetensors"])
     assert verify(cache, BIG, silent).damaged == []
+
+
+@pytest.mark.fault(16)
+async def test_what_is_healed_while_it_is_verified_stays_healed(hub: FakeHub, cache: Path) -> None:
+    """Reading takes minutes, and what it read may have been replaced by then."""
+    path = await fetch(hub, cache)
+    (Path(path) / "model.safetensors").resolve().write_bytes(b"x" * len(FILES["model.safetensors"]))
+    verify(cache, BIG, silent)
+    repo, commit = RepoCache(cache, BIG), Path(path).name
+
+    def heal(done: int, total: int) -> None:
+        if done == total:
+            (Path(path) / "model.safetensors").resolve().write_bytes(FILES["model.safetensors"])
+            repo.write_manifest(commit, repo.files_there(commit), verified=True)
+
+    (Path(path) / "config.json").resolve().write_bytes(b'{"b": 1}')
+    assert verify(cache, BIG, heal).damaged != []
+    assert Weights(cache, hub.url, False, QUICK).present(BIG) is not None
 
 
 async def test_what_nimhost_fetched_stays_its_own_when_it_is_damaged_and_can_be_removed(

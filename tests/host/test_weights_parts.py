@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nimhost.errors import DiskFull, HubUnavailable, WeightsGated
-from nimhost.host.weights import Limits, Repo, Weights, WeightsProgress
+from nimhost.host.weights import Limits, Weights, WeightsProgress
 from nimhost.host.weights.cache import PARTIAL, RepoCache
 from nimhost.host.weights.choice import HubFile
 from nimhost.host.weights.disk import missing_bytes
 from nimhost.host.weights.parts import MOST_PARTS, Parts, arrived_bytes
 from tests.fakes.hub import FakeHub
-from tests.host.test_weights_faults import News, content, interrupt_at
-from tests.support import wait_until
+from tests.host.weights_world import BIG, MIB, News, content, fetched_by_daemon, interrupt_at, killed_at
 
-MIB = 1 << 20
 SHARD = "model.safetensors"
 SIZE = 8 * MIB + 12345
 FILES = {"config.json": b"{}", SHARD: random.Random(7).randbytes(SIZE)}
 QUICK = Limits(stall_s=0.4, tries=4, backoff_s=0.05, part_bytes=MIB)
-BIG = Repo("org/big")
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        fake.add("org/big", FILES)
-        yield fake
+PUBLISHED = {"org/big": FILES}
 
 
 def partial_of(cache: Path) -> Path:
@@ -69,33 +56,15 @@ async def test_each_part_continues_where_it_was(hub: FakeHub, cache: Path) -> No
     assert news.all[-1].done_bytes == news.all[-1].total_bytes
 
 
-DAEMON = """
-import asyncio, sys
-from pathlib import Path
-from nimhost.host.weights import Limits, Repo, Weights
-weights = Weights(Path(sys.argv[1]), sys.argv[2], False, Limits(stall_s=5, part_bytes=1 << 20))
-print(asyncio.run(weights.fetch(Repo("org/big"), None, lambda p: None)).path, flush=True)
-"""
-
-
 @pytest.mark.fault(18)
 def test_killed_at_five_points_next_to_nothing_comes_twice(hub: FakeHub, cache: Path) -> None:
     hub.faults.bytes_per_s = 1e6
-    points = (0.02, 0.3, 0.6, 0.9, 0.99)
-    connections = 0
-    for point in points:
-        before = len(hub.served)
-        with subprocess.Popen([sys.executable, "-c", DAEMON, str(cache), hub.url]) as daemon:
-            wait_until(lambda point=point: hub.sent_bytes() >= point * SIZE, timeout_s=30)
-            (child,) = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
-            daemon.send_signal(signal.SIGKILL)
-        wait_until(lambda child=child: not Path(f"/proc/{child}").exists())
-        connections += min(len(hub.served) - before, QUICK.parallel)
-        assert RepoCache(cache, BIG).find() is None
-    done = subprocess.run([sys.executable, "-c", DAEMON, str(cache), hub.url], capture_output=True, text=True)
-    assert content(done.stdout.strip()) == FILES
+    connections, before = 0, 0
+    for _ in killed_at([part * SIZE for part in (0.02, 0.3, 0.6, 0.9, 0.99)], cache, hub, part_bytes=MIB):
+        connections, before = connections + min(len(hub.served) - before, QUICK.parallel), len(hub.served)
+    assert fetched_by_daemon(cache, hub, part_bytes=MIB) == FILES
     twice = hub.sent_bytes(SHARD) - SIZE
-    print(f"killed at {points}: {twice:,} bytes fetched twice, over {connections} connections")
+    print(f"{twice:,} bytes fetched twice, over {connections} connections")
     assert twice < connections * 256 * 1024, "what was in the sockets"
 
 

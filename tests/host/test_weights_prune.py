@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nimhost.errors import HostError
-from nimhost.host.weights import Limits, Repo
+from nimhost.host.weights import Limits
 from nimhost.host.weights import child as weights_child
 from nimhost.host.weights import disk as weights_disk
 from nimhost.host.weights.cache import RepoCache
@@ -20,19 +19,12 @@ from nimhost.host.weights.inventory import Held, scan
 from nimhost.host.weights.prune import remove
 from nimhost.host.weights.wire import Job
 from tests.fakes.hub import FakeHub
-from tests.host.test_weights_faults import content
+from tests.host.weights_world import TINY, content, only
 
 FILES = {"config.json": b'{"a": 1}', "sub/notes.txt": b"notes", "model.safetensors": bytes(range(256)) * 1024}
 QUICK = Limits(stall_s=5, tries=2, backoff_s=0.05)
-TINY = Repo("org/tiny")
+PUBLISHED = {"org/tiny": FILES}
 FOLDER = "models--org--tiny"
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        fake.add("org/tiny", FILES)
-        yield fake
 
 
 @pytest.fixture
@@ -44,11 +36,6 @@ def snapshot(hub: FakeHub, cache: Path) -> Path:
 def fetch(hub: FakeHub, cache: Path) -> Path:
     commit = weights_child.download(Job(TINY, hub.url, str(cache), None, QUICK))
     return cache / FOLDER / "snapshots" / commit
-
-
-def only(cache: Path) -> Held:
-    (held,) = scan(cache)
-    return held
 
 
 def leave_something(cache: Path) -> Held:
@@ -162,6 +149,16 @@ def test_refs_that_are_no_text_do_not_stand_in_the_way(cache: Path, snapshot: Pa
     assert odd.exists(), "not of this snapshot"
 
 
+@pytest.mark.fault(20)
+def test_what_a_kill_9_left_half_written_goes_with_the_rest(cache: Path, snapshot: Path) -> None:
+    notes = cache / ".nimhost" / FOLDER
+    for unfinished in (notes / f"{'a' * 40}.json.4711.tmp", cache / FOLDER / "main.4711.tmp"):
+        unfinished.write_bytes(b"half")
+    assert remove(cache, only(cache)) is not None
+    assert not notes.exists()
+    assert not (cache / FOLDER).exists()
+
+
 # --- while something is fetched ------------------------------------------------------------------------------------
 
 
@@ -194,8 +191,7 @@ def test_a_promise_that_is_just_being_made_is_not_taken_for_a_dead_one(
         def flock(fd: int, how: int) -> None:
             """Somebody else had the gate right before, and cleaned up."""
             monkeypatch.setattr(weights_disk, "fcntl", fcntl)
-            for path in weights_disk._promises(folder):
-                weights_disk._promise(path)
+            weights_disk._promised(folder)
             real(fd, how)
 
     monkeypatch.setattr(weights_disk, "fcntl", Fcntl)

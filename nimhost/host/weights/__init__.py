@@ -19,7 +19,8 @@ from nimhost.host.weights.wire import Limits, Repo, WeightsProgress
 __all__ = ["Limits", "OnProgress", "Repo", "Snapshot", "Weights", "WeightsProgress", "cache_dir_from"]
 
 OnProgress = Callable[[WeightsProgress], None]
-_Order = tuple[Repo, wire.Choice]
+_Order = tuple[Repo, wire.Choice, str | None]
+"""What is fetched, and the token that opens it: who has a good one must not share the refusal of who has none."""
 
 _CHILD = ("-P", "-m", "nimhost.host.weights.child")
 _STDERR_KEPT = 4000
@@ -64,12 +65,12 @@ class Weights:
     @property
     def in_flight(self) -> dict[Repo, WeightsProgress | None]:
         """What is being fetched, and how far that is once it is known."""
-        return {repo: download.latest for (repo, _), download in self._downloads.items()}
+        return {repo: download.latest for (repo, _, _), download in self._downloads.items()}
 
     async def fetch(
         self, repo: Repo, token: str | None, on_progress: OnProgress, choice: wire.Choice = wire.ALL
     ) -> Snapshot:
-        """The snapshot, downloaded if need be; several callers share one download (and the first one's token).
+        """The snapshot, downloaded if need be; several callers with the same token share one download.
 
         With a `choice` it is not complete, and not `present`, until the rest has been fetched too. When the last
         caller is cancelled the download stops at once; the next one continues where it stopped.
@@ -86,8 +87,8 @@ class Weights:
                 "Set [weights] offline = false, or fetch it elsewhere: "
                 f"hf download {repo.repo_id} --revision {repo.revision} --cache-dir {self.cache_dir}",
             )
-        order = (repo, choice)
-        download = self._downloads.get(order) or self._begin(order, token)
+        order = (repo, choice, token)
+        download = self._downloads.get(order) or self._begin(order)
         download.waiting.append(on_progress)
         if download.latest is not None:
             on_progress(download.latest)
@@ -103,8 +104,8 @@ class Weights:
         for order, download in list(self._downloads.items()):
             await self._end(order, download)
 
-    def _begin(self, order: _Order, token: str | None) -> _Download:
-        download = _Download(asyncio.create_task(self._run(order, token), name=f"weights {order[0]}"))
+    def _begin(self, order: _Order) -> _Download:
+        download = _Download(asyncio.create_task(self._run(order), name=f"weights {order[0]}"))
         self._downloads[order] = download
         return download
 
@@ -115,8 +116,8 @@ class Weights:
         with suppress(asyncio.CancelledError, NimhostError):
             await asyncio.shield(download.task)
 
-    async def _run(self, order: _Order, token: str | None) -> Snapshot:
-        repo, choice = order
+    async def _run(self, order: _Order) -> Snapshot:
+        repo, choice, token = order
         job = wire.Job(repo, self.endpoint, str(self.cache_dir), token, self._limits, choice)
         child = await _start_child()
         assert child.stdin is not None
@@ -140,7 +141,7 @@ class Weights:
             raise _died(repo, exit_code, said.replace(token, "***") if token else said)
         if isinstance(verdict, wire.Failed):
             raise _error(verdict)
-        return await in_thread(self._settled, order, verdict)
+        return await in_thread(self._settled, repo, choice, verdict)
 
     async def _listen(self, order: _Order, stdout: asyncio.StreamReader) -> wire.Done | wire.Failed | None:
         """Pass progress on until the child's verdict; None when it ends without one."""
@@ -155,8 +156,7 @@ class Weights:
                     tell(news)
         return None
 
-    def _settled(self, order: _Order, done: wire.Done) -> Snapshot:
-        repo, choice = order
+    def _settled(self, repo: Repo, choice: wire.Choice, done: wire.Done) -> Snapshot:
         cache = RepoCache(self.cache_dir, repo)
         found = cache.find() if choice == wire.ALL else cache.some(done.commit)
         if found is None or found.commit != done.commit:
@@ -180,11 +180,10 @@ async def _start_child() -> asyncio.subprocess.Process:
 
 
 def _environment() -> dict[str, str]:
-    """The child decides itself whether it is online, brings its own token, and keeps its blobs in the repository."""
+    """The child decides itself whether it is online, and brings its own token."""
     ambient = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
     inherited = {name: value for name, value in os.environ.items() if name not in ambient}
     return inherited | {
-        "HF_HUB_DISABLE_SHARED_BLOBS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }

@@ -28,6 +28,7 @@ from nimhost.models.tensors import header_length, parse_safetensors_header, weig
 
 OURS = ".nimhost"
 PARTIAL = ".nimhost-partial"
+STAGE = ".nimhost-xet"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _USED_EVERY_S = 3600.0
 LONGEST_PATH = 1024
@@ -105,6 +106,10 @@ class RepoCache:
 
     def partial(self, file: HubFile) -> Path:
         return self.blobs / (file.digest + PARTIAL)
+
+    def stage(self, file: HubFile) -> Path:
+        """A directory for what comes through Xet."""
+        return self.blobs / (file.digest + STAGE)
 
     def manifest_path(self, commit: str) -> Path:
         return self.notes / f"{commit}.json"
@@ -232,10 +237,14 @@ class RepoCache:
 
     def write_ref(self, commit: str) -> None:
         if self.repo.revision != commit:
-            write_atomically(self.dir / "refs" / self.repo.revision, commit.encode())
+            self._refer(self.dir / "refs" / self.repo.revision, commit)
         known = self.dir / "refs" / self.repo.branch if self.repo.branch else None
         if known is not None and not known.exists():  # another tool may know a newer commit
-            write_atomically(known, commit.encode())
+            self._refer(known, commit)
+
+    def _refer(self, ref: Path, commit: str) -> None:
+        """Nothing else may ever be in `refs`, not even for a moment: other tools take it for a branch."""
+        write_atomically(ref, commit.encode(), scratch=self.dir)
 
     def write_manifest(
         self, commit: str, files: Iterable[HubFile], *, verified: bool, hashes: Mapping[str, str] = MappingProxyType({})
@@ -303,9 +312,10 @@ def is_version(text: str) -> bool:
     return bool(re.fullmatch(r"[\w.+@=-]+", text)) and not text.startswith(".")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
+    """`scratch`: the folder it is made in, on the same file system; None: its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = (scratch or path.parent) / f"{path.name}.{os.getpid()}.tmp"
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -11,19 +11,20 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from nimhost.errors import HostError, HubUnavailable, NimhostError, WeightsGated, WeightsMissing
-from nimhost.host.weights import wire
+from nimhost.host.weights import wire, xet
 from nimhost.host.weights.cache import RepoCache, is_safe_path, looks_complete
 from nimhost.host.weights.choice import HubFile, is_weights, pick_some, wanted
 from nimhost.host.weights.disk import disk_full, keep_promise, missing_bytes, reserved_space
 from nimhost.host.weights.hub import Hub
 from nimhost.host.weights.meter import Meter
 from nimhost.host.weights.ngc import open_registry
-from nimhost.host.weights.transfer import FileTransfer, NoPlainUrl
+from nimhost.host.weights.transfer import FileTransfer
 
 _REPORT_S = 0.25
 _REFUSED_S = 2.0
@@ -108,9 +109,10 @@ def _fetch_all(
     stop = threading.Event()
     reporter = threading.Thread(target=_report, args=(meter, cache, unique, promise, stop), daemon=True)
     reporter.start()
-    pool = ThreadPoolExecutor(job.limits.parallel)
+    pool, through_xet = ThreadPoolExecutor(job.limits.parallel), partial(xet.bring, job, commit)
     try:
-        working = {pool.submit(_fetch, job, hub, cache, commit, f, meter): f.digest for f in unique}
+        transfers = {file.digest: FileTransfer(hub, cache, commit, file, meter, through_xet) for file in unique}
+        working = {pool.submit(transfer.run): digest for digest, transfer in transfers.items()}
         try:
             return {working[done]: done.result() for done in as_completed(working)}
         except (WeightsGated, WeightsMissing):
@@ -121,28 +123,6 @@ def _fetch_all(
         pool.shutdown(wait=False, cancel_futures=True)
         stop.set()
         reporter.join()
-
-
-def _fetch(job: wire.Job, hub: Hub, cache: RepoCache, commit: str, file: HubFile, meter: Meter) -> str:
-    try:
-        return FileTransfer(hub, cache, commit, file, meter).run()
-    except NoPlainUrl:
-        meter.note(file.path, f"fetching {file.path} through Xet")
-        _fetch_through_xet(job, commit, file)
-        cache.mark_fetched(file, cache.blob(file))
-        meter.note(file.path)
-        meter.have(file.size_bytes)
-        return file.digest
-
-
-def _fetch_through_xet(job: wire.Job, commit: str, file: HubFile) -> None:
-    """For a file without a plain address: Hugging Face's own library, which verifies it by its Xet hash."""
-    from huggingface_hub import hf_hub_download
-
-    hf_hub_download(
-        job.repo.repo_id, file.path, repo_type=job.repo.repo_type, revision=commit, cache_dir=job.cache_dir,
-        endpoint=job.endpoint, token=job.token or False,
-    )  # fmt: skip
 
 
 def _report(meter: Meter, cache: RepoCache, files: list[HubFile], promise: int, stop: threading.Event) -> None:

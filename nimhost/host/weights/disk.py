@@ -9,12 +9,13 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nimhost.errors import DiskFull
-from nimhost.host.weights.cache import OURS, RepoCache
+from nimhost.host.weights.cache import OURS, RepoCache, stat_of
 from nimhost.host.weights.choice import HubFile
 from nimhost.host.weights.locks import try_lock
 from nimhost.host.weights.parts import arrived_bytes
@@ -31,15 +32,15 @@ def reserved_space(cache: RepoCache, files: list[HubFile]) -> Iterator[int]:
     """
     folder = cache.cache_dir / OURS / "promised"
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / str(os.getpid())
+    own = folder / f"{os.getpid()}-{uuid.uuid4().hex}"  # another container's process may have the same number
     gate = os.open(folder / _GATE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(gate, fcntl.LOCK_EX)  # before there is a file: one that nobody has locked is taken for a dead one's
         fd = os.open(own, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            keep_promise(fd, _needed(cache, files, [_promise(path) for path in _promises(folder) if path != own]))
-            os.pwrite(fd, cache.folder.encode(), _WIDTH)
+            os.pwrite(fd, b"%-*d%b" % (_WIDTH, 0, cache.folder.encode()), 0)
+            keep_promise(fd, _needed(cache, files, _promised(folder)))
             fcntl.flock(gate, fcntl.LOCK_UN)
             yield fd
         finally:
@@ -49,10 +50,10 @@ def reserved_space(cache: RepoCache, files: list[HubFile]) -> Iterator[int]:
         os.close(gate)
 
 
-def _needed(cache: RepoCache, files: list[HubFile], others: list[tuple[int, str]]) -> int:
+def _needed(cache: RepoCache, files: list[HubFile], others: dict[str, int]) -> int:
     """Bytes still to come. Raises DiskFull where they do not fit beside what others were promised."""
     needed = missing_bytes(cache, files)
-    promised = sum(size for size, repo in others if repo != cache.folder)  # of the same, the bytes come once
+    promised = sum(size for repo, size in others.items() if repo != cache.folder)  # of the same, the bytes come once
     free = shutil.disk_usage(cache.cache_dir).free
     if needed > free - promised:
         raise DiskFull(*_sum(cache, needed, free, promised))
@@ -64,17 +65,16 @@ def keep_promise(fd: int, needed_bytes: int) -> None:
     os.pwrite(fd, b"%-*d" % (_WIDTH, needed_bytes), 0)
 
 
-def promised_bytes(cache_dir: Path, besides: RepoCache | None = None) -> int:
-    """What downloads in flight will still write into this cache, those of the repository `besides` left out."""
+def promised_bytes(cache_dir: Path) -> dict[str, int]:
+    """Folder of a repository -> what downloads of it that are in flight will still write into this cache."""
     folder = cache_dir / OURS / "promised"
     try:
         gate = os.open(folder / _GATE, os.O_RDWR)
     except OSError:
-        return 0  # nobody has ever fetched anything here, or we may not look: then it is not ours to count
+        return {}  # nobody has ever fetched anything here, or we may not look: then it is not ours to count
     try:
         fcntl.flock(gate, fcntl.LOCK_EX)
-        found = map(_promise, _promises(folder))
-        return sum(size for size, repo in found if besides is None or repo != besides.folder)
+        return _promised(folder)
     finally:
         os.close(gate)
 
@@ -87,13 +87,19 @@ def no_download(cache: RepoCache) -> Iterator[bool]:
     gate = os.open(folder / _GATE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(gate, fcntl.LOCK_EX)
-        yield cache.folder not in {repo for _, repo in map(_promise, _promises(folder))}
+        yield cache.folder not in _promised(folder)
     finally:
         os.close(gate)
 
 
-def _promises(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.name != _GATE]
+def _promised(folder: Path) -> dict[str, int]:
+    """By repository: several downloads of one wait for each other's files, so the largest promise is that of all."""
+    found: dict[str, int] = {}
+    for path in folder.iterdir():
+        size, repo = _promise(path) if path.name != _GATE else (0, "")
+        if repo:
+            found[repo] = max(size, found.get(repo, 0))
+    return found
 
 
 def _promise(path: Path) -> tuple[int, str]:
@@ -114,8 +120,15 @@ def missing_bytes(cache: RepoCache, files: list[HubFile]) -> int:
     missing = 0
     for file in {f.digest: f for f in files}.values():
         if not cache.blob(file).exists():
-            missing += max(0, file.size_bytes - arrived_bytes(cache.partial(file), file.size_bytes))
+            there = arrived_bytes(cache.partial(file), file.size_bytes) + _written_below(cache.stage(file))
+            missing += max(0, file.size_bytes - there)
     return missing
+
+
+def _written_below(directory: Path) -> int:
+    """On disk, by files that come and go meanwhile."""
+    files = (Path(folder, name) for folder, _, names in os.walk(directory) for name in names)
+    return sum(stat.st_blocks * 512 for file in files if (stat := stat_of(file)))
 
 
 def disk_full(cache_dir: Path) -> DiskFull:

@@ -117,6 +117,16 @@ class Hub:
         except NETWORK as error:
             raise Interrupted(reason(error, self.limits.stall_s)) from error
 
+    def chunk(self, response: http.client.HTTPResponse, most_bytes: int) -> bytes:
+        """What comes next, never nothing. Raises Interrupted."""
+        try:
+            found = response.read1(most_bytes)
+        except NETWORK as error:
+            raise Interrupted(reason(error, self.limits.stall_s)) from error
+        if not found:
+            raise Interrupted("connection closed early")
+        return found
+
     def json(self, url: str, say: Say) -> tuple[Any, Message]:
         """The decoded body and the headers; patient, so raises what `open` raises, or HubUnavailable."""
         patience = Patience(self, say)

@@ -16,7 +16,7 @@ from typing import Literal
 from msgspec import Struct
 
 from nimhost.errors import WeightsMissing
-from nimhost.host.weights.cache import NOWHERE, OURS, PARTIAL, RepoCache, stat_of
+from nimhost.host.weights.cache import NOWHERE, OURS, PARTIAL, STAGE, RepoCache, stat_of
 from nimhost.host.weights.wire import Repo
 
 log = logging.getLogger(__name__)
@@ -100,11 +100,17 @@ def cache_of(cache_dir: Path, repo: Repo) -> RepoCache:
 
 def leftovers(cache: RepoCache, linked: set[str], fetched: set[str]) -> list[Path]:
     """Files of ours that no snapshot needs: half of a download, or all of one that was never finished."""
-    return [
+    staged = [Path(file) for stage in stages(cache) for file in _walk(stage)]
+    return staged + [
         path
         for path in _files(Path(os.path.realpath(cache.blobs)))
         if path.name.endswith(PARTIAL) or (path.name in fetched and str(path) not in linked)
     ]
+
+
+def stages(cache: RepoCache) -> list[Path]:
+    """Directories that a download through Xet has left."""
+    return [path for path in _folders(Path(os.path.realpath(cache.blobs))) if path.name.endswith(STAGE)]
 
 
 def linked_blobs(cache: RepoCache, *, besides: str = "") -> set[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nimhost.host.weights.choice import HubFile
 from nimhost.host.weights.digest import Digest
-from nimhost.host.weights.hub import NETWORK, Hub, Interrupted, Patience, reason
+from nimhost.host.weights.hub import Hub, Interrupted, Patience
 from nimhost.host.weights.meter import Meter
 
 CHUNK_BYTES = 1 << 20
@@ -204,12 +204,7 @@ class PartedTransfer:
             if not (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
                 raise NoRanges
             while left := stop - parts.start(part) - parts.done[part]:
-                try:
-                    chunk = response.read1(min(CHUNK_BYTES, left))
-                except NETWORK as error:
-                    raise Interrupted(reason(error, self._hub.limits.stall_s)) from error
-                if not chunk:
-                    raise Interrupted("connection closed early")
+                chunk = self._hub.chunk(response, min(CHUNK_BYTES, left))
                 parts.write(fd, part, chunk)
                 self._meter.receive(len(chunk))
                 self._meter.note(who)

@@ -14,7 +14,7 @@ from pathlib import Path
 from nimhost.errors import HostError
 from nimhost.host.weights.cache import PARTIAL, RepoCache
 from nimhost.host.weights.disk import no_download
-from nimhost.host.weights.inventory import Held, are_ours, blobs_of, cache_of, leftovers, linked_blobs
+from nimhost.host.weights.inventory import Held, are_ours, blobs_of, cache_of, leftovers, linked_blobs, stages
 from nimhost.host.weights.locks import try_lock
 
 
@@ -53,6 +53,8 @@ def _remove_snapshot(cache: RepoCache, commit: str) -> int | None:
 
 def _remove_leftovers(cache: RepoCache) -> int:
     freed = sum(_unlink(cache, path) for path in leftovers(cache, linked_blobs(cache), cache.fetched_digests()))
+    for stage in stages(cache):
+        shutil.rmtree(stage, ignore_errors=True)
     _remove_stray_notes(cache)
     if not linked_blobs(cache):
         _remove_empty(cache)
@@ -78,6 +80,8 @@ def _unlink(cache: RepoCache, blob: Path) -> int:
 def _remove_empty(cache: RepoCache) -> None:
     """Folders that hold nothing any more. Whatever another tool keeps there stays."""
     locks = cache.cache_dir / ".locks" / cache.folder
+    for unfinished in (*cache.notes.glob("*.tmp"), *cache.dir.glob("*.tmp")):
+        unfinished.unlink(missing_ok=True)
     for lock in locks.glob("*.lock"):
         _unlink_unheld(lock)
     roots = (cache.dir, cache.notes, locks)

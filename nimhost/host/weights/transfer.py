@@ -6,26 +6,29 @@ Only the download process uses this: it blocks, one thread per file, and more wh
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from nimhost.errors import WeightsCorrupt, WeightsGated, WeightsMissing
+from nimhost.errors import NimhostError, WeightsCorrupt, WeightsMissing
 from nimhost.host.weights.cache import RepoCache
 from nimhost.host.weights.choice import HubFile
 from nimhost.host.weights.digest import Digest
-from nimhost.host.weights.hub import NETWORK, Hub, Interrupted, Patience, reason
+from nimhost.host.weights.hub import Hub, Interrupted, Patience
 from nimhost.host.weights.locks import lease, locked_partial
 from nimhost.host.weights.meter import Meter
-from nimhost.host.weights.parts import CHUNK_BYTES, NoRanges, PartedTransfer, write_at
+from nimhost.host.weights.parts import CHUNK_BYTES, NoRanges, PartedTransfer, arrived_bytes, write_at
 
-
-class NoPlainUrl(Exception):
-    """The hub has the file in Xet storage only."""
+ThroughXet = Callable[[HubFile, Meter, Path], Path]
+"""Brings a file that the hub has in Xet storage only into a directory of ours: see `xet.bring`."""
 
 
 class FileTransfer:
-    """Brings one file into the cache. `run` raises NimhostErrors, NoPlainUrl, and OSErrors of the disk."""
+    """Brings one file into the cache. `run` raises NimhostErrors, and OSErrors of the disk."""
 
-    def __init__(self, hub: Hub, cache: RepoCache, commit: str, file: HubFile, meter: Meter) -> None:
+    def __init__(
+        self, hub: Hub, cache: RepoCache, commit: str, file: HubFile, meter: Meter, through_xet: ThroughXet
+    ) -> None:
         self._hub = hub
         self._cache = cache
         self._file = file
@@ -33,6 +36,8 @@ class FileTransfer:
         self._url = hub.file_url(commit, file.path)
         self._blob = cache.blob(file)
         self._partial = cache.partial(file)
+        self._stage = cache.stage(file)
+        self._through_xet = through_xet
         self._ranges = True
 
     def run(self) -> str:
@@ -52,6 +57,7 @@ class FileTransfer:
         if not digest.matches():
             return None
         self._partial.unlink(missing_ok=True)
+        shutil.rmtree(self._stage, ignore_errors=True)
         self._meter.have(self._file.size_bytes)
         return digest.hex
 
@@ -61,8 +67,8 @@ class FileTransfer:
                 return found
             for last in (False, True):
                 try:
-                    digest = self._fill(fd)
-                except (WeightsGated, WeightsMissing, NoPlainUrl):
+                    content, digest = self._fill(fd)
+                except NimhostError:
                     if not os.fstat(fd).st_size:
                         self._partial.unlink()
                     raise
@@ -76,26 +82,43 @@ class FileTransfer:
                         "A proxy or mirror in between may change it. Try again, or set [weights] endpoint.",
                     )
                 self._say(f"{self._file.path} arrived damaged, fetching it again")
-            os.ftruncate(fd, self._file.size_bytes)
-            os.fsync(fd)
-            os.fchmod(fd, 0o644)
-            self._cache.mark_fetched(self._file, self._partial)
-            self._partial.replace(self._blob)
-            _sync_dir(self._blob.parent)
+            self._move_in(content)
             return digest.hex
 
-    def _fill(self, fd: int) -> Digest:
-        """Fill the file, from where it is, to its size."""
+    def _move_in(self, content: Path) -> None:
+        os.truncate(content, self._file.size_bytes)
+        content.chmod(0o644)
+        _sync(content)
+        self._cache.mark_fetched(self._file, content)
+        content.replace(self._blob)
+        _sync(self._blob.parent)
+        if content != self._partial:
+            self._partial.unlink(missing_ok=True)
+            shutil.rmtree(self._stage, ignore_errors=True)
+
+    def _fill(self, fd: int) -> tuple[Path, Digest]:
+        """Where all of its content is then, and the hash of that."""
         try:
-            if self._ranges and self._file.size_bytes >= 2 * self._hub.limits.part_bytes:
-                try:
-                    return PartedTransfer(self._hub, self._url, self._file, self._meter, fd).run()
-                except NoRanges:
-                    self._ranges = False
-                    os.ftruncate(fd, 0)
-            return self._fill_in_order(fd)
-        except WeightsMissing as error:
-            raise (NoPlainUrl() if self._file.xet else error) from None
+            return self._partial, self._fill_partial(fd)
+        except WeightsMissing:
+            if not self._file.xet:
+                raise
+        self._meter.have(-arrived_bytes(self._partial, self._file.size_bytes))
+        os.ftruncate(fd, 0)
+        with self._hub.slots:
+            content = self._through_xet(self._file, self._meter, self._stage)
+        self._say(f"verifying {self._file.path}")
+        return content, digest_of(content, self._file)
+
+    def _fill_partial(self, fd: int) -> Digest:
+        """Fill the file, from where it is, to its size."""
+        if self._ranges and self._file.size_bytes >= 2 * self._hub.limits.part_bytes:
+            try:
+                return PartedTransfer(self._hub, self._url, self._file, self._meter, fd).run()
+            except NoRanges:
+                self._ranges = False
+                os.ftruncate(fd, 0)
+        return self._fill_in_order(fd)
 
     def _fill_in_order(self, fd: int) -> Digest:
         digest = self._resume(fd)
@@ -132,12 +155,7 @@ class FileTransfer:
                 os.ftruncate(fd, 0)
                 digest.restart()
             while left := self._file.size_bytes - digest.length:
-                try:
-                    chunk = response.read1(min(CHUNK_BYTES, left))
-                except NETWORK as error:
-                    raise Interrupted(reason(error, self._hub.limits.stall_s)) from error
-                if not chunk:
-                    raise Interrupted("connection closed early")
+                chunk = self._hub.chunk(response, min(CHUNK_BYTES, left))
                 write_at(fd, chunk, digest.length)
                 digest.update(chunk)
                 self._meter.receive(len(chunk))
@@ -160,7 +178,7 @@ def _continues(content_range: str | None, start: int) -> bool:
     return (content_range or "").startswith(f"bytes {start}-")
 
 
-def _sync_dir(path: Path) -> None:
+def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

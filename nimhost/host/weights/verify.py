@@ -85,7 +85,7 @@ def _compare(root: Path, file: ManifestFile, on_read: Callable[[int], None]) -> 
 
 
 def _note(cache: RepoCache, known: Manifest, damaged: set[str]) -> None:
-    """In the manifest, where that is news."""
+    """In the manifest, where that is news; not in one that a download has written since: what was read is no more."""
     files = [replace(file, damaged=file.path in damaged) for file in known.files]
-    if files != known.files:
+    if files != known.files and cache.manifest(known.commit) in (known, None):
         cache.replace_manifest(replace(known, files=files))
