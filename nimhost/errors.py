@@ -50,6 +50,11 @@ class Problem(dict[str, object]):
         super().__init__(type=type, loc=list(loc), msg=msg, input=input)
 
 
+def _writable(text: str) -> str:
+    """A name of a file may hold what no encoding has: with that, a message could be neither stored nor sent."""
+    return text.encode(errors="replace").decode()
+
+
 class NimhostError(Exception):
     """The root. Raise a leaf; catch whatever level you can do something about."""
 
@@ -58,8 +63,8 @@ class NimhostError(Exception):
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _writable(message)
+        self.hint = None if hint is None else _writable(hint)
 
     def __str__(self) -> str:
         return self.message

@@ -15,7 +15,7 @@ import uvicorn
 from nimhost.api.access import is_loopback
 from nimhost.config import Server as ServerSettings
 from nimhost.errors import StartError
-from nimhost.gateway.front import Connection
+from nimhost.gateway.front import ClientConnection
 from nimhost.gateway.room import Room
 
 MAX_CONNECTIONS = 10_000
@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=partial(Connection, Room(raise_limit())),  # type: ignore[arg-type]
+                http=partial(ClientConnection, Room(raise_limit())),  # type: ignore[arg-type]
                 interface="asgi3",
                 loop="none",
                 ws="none",

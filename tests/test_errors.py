@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from nimhost.errors import STATUS, InvalidRequest, NimhostError, NotFound, all_errors, from_reply, status_of
@@ -35,3 +37,8 @@ def test_the_table_holds_no_class_twice_over() -> None:
     for cls, status in STATUS.items():
         parents = [STATUS[base] for base in cls.__mro__[1:] if base in STATUS]
         assert not parents or parents[0] != status, f"{cls.__name__} has its parent's status: leave it out"
+
+
+def test_a_message_that_names_an_odd_file_can_be_stored_and_sent() -> None:
+    error = NotFound(os.fsdecode(b"caf\xe9.py is not there"), hint=os.fsdecode(b"\xff"))
+    assert (error.message, error.hint) == ("caf?.py is not there", "?")

@@ -212,7 +212,8 @@ async def test_chunks_may_have_extensions_and_trailers_are_no_headers(app: App) 
 @pytest.mark.parametrize(
     ("line", "status"),
     [(b"GET / HTTP/0.9", 505), (b"GET / HTTP/2.0", 505), (b"GET / HTTP/1.2", 400), (b"PRI * HTTP/2.0", 400),
-     (b"CONNECT x:443 HTTP/1.1", 400), (b"GET /\xc3\xa9 HTTP/1.1", 400), (b"GET / x HTTP/1.1", 400)],
+     (b"CONNECT x:443 HTTP/1.1", 400), (b"CONNECT /read HTTP/1.1", 400), (b"CONNECT http://x/read HTTP/1.1", 400),
+     (b"GET /\xc3\xa9 HTTP/1.1", 400), (b"GET / x HTTP/1.1", 400)],
 )  # fmt: skip
 async def test_what_is_not_spoken_here(app: App, line: bytes, status: int) -> None:
     assert (await app.ask(b"%b\r\n%b\r\n" % (line, HOST))).startswith(b"HTTP/1.1 %d " % status)
@@ -432,7 +433,7 @@ async def test_nothing_of_a_request_waits_for_the_garbage_collector(app: App) ->
             await reader.readuntil(END)
         writer.transport.abort()
         await eventually(lambda: app.count() == 0)
-        kinds = (front.Connection, Cycle, asyncio.Task)
+        kinds = (front.ClientConnection, Cycle, asyncio.Task)
         left = [one for one in gc.get_objects() if isinstance(one, kinds) and one not in asyncio.all_tasks()]
         assert left == []
     finally:

@@ -41,7 +41,7 @@ Picked = tuple[tuple[bytes, bytes], ...]
 Headers = dict[bytes, bytes]
 
 
-class Caller(NamedTuple):
+class Asker(NamedTuple):
     """Who asks: the token that was sent, or nobody in particular."""
 
     rights: frozenset[Right]
@@ -52,10 +52,10 @@ class Caller(NamedTuple):
         return "administrate" in self.rights
 
 
-ANONYMOUS = Caller(_ANONYMOUS)
-CALLER = ContextVar("caller", default=ANONYMOUS)
+ANONYMOUS = Asker(_ANONYMOUS)
+ASKER = ContextVar("asker", default=ANONYMOUS)
 """Who asks for what is being done. Every request has a context of its own, and a rule deep down that forgot to hand the
-caller on would be a hole."""
+asker on would be a hole."""
 
 
 def is_loopback(host: str) -> bool:
@@ -208,7 +208,7 @@ class TokenTable:
         return bytes.fromhex(token.sha256) in self._by_digest
 
 
-def find_caller(head: Headers, path: str, tokens: TokenTable, *, loopback: bool) -> Caller:
+def find_asker(head: Headers, path: str, tokens: TokenTable, *, loopback: bool) -> Asker:
     """Who asks. Raises Unauthorized.
 
     `loopback`: the daemon listens there, and not on an address that other machines reach.
@@ -218,7 +218,7 @@ def find_caller(head: Headers, path: str, tokens: TokenTable, *, loopback: bool)
     keys = presented_keys(head)
     for key in keys:
         if token := tokens.find(key):
-            return Caller(frozenset().union(*(RIGHTS[scope] for scope in token.scopes)), token)
+            return Asker(frozenset().union(*(RIGHTS[scope] for scope in token.scopes)), token)
     if any(key.startswith(_TOKEN_START) for key in keys) or (keys and not loopback):
         raise Unauthorized("There is no such API token: it is misspelt, or was revoked.", _HOW_TO_SEND)
     if not loopback:
@@ -249,16 +249,16 @@ def needed_right(method: str, path: str, to_gateway: bool) -> Right:
     return "read" if method in ("GET", "HEAD") and not reads_secret else "change"
 
 
-def check_right(caller: Caller, right: Right) -> None:
+def check_right(asker: Asker, right: Right) -> None:
     """Raises Forbidden."""
-    if right in caller.rights:
+    if right in asker.rights:
         return
     scope = next((scope for scope, rights in RIGHTS.items() if right in rights))
-    if caller.token is None:
+    if asker.token is None:
         raise Forbidden(f"This takes an API token with the scope '{scope}'.", FIRST_ADMINISTRATOR)
     raise Forbidden(
-        f"The API token '{caller.token.name}' may not do this: it takes the scope '{scope}', and that one has "
-        f"{', '.join(caller.token.scopes)}.",
+        f"The API token '{asker.token.name}' may not do this: it takes the scope '{scope}', and that one has "
+        f"{', '.join(asker.token.scopes)}.",
         f"An administrator makes such a token with: nimhost tokens create NAME --scope {scope}",
     )
 
@@ -269,9 +269,9 @@ FIRST_ADMINISTRATOR = (
 )
 
 
-def settings_for_caller(settings: Settings) -> Settings:
+def settings_for_asker(settings: Settings) -> Settings:
     """The settings that hold for what is wished: an administrator needs no leave for code inside engines."""
-    if not CALLER.get().is_administrator:
+    if not ASKER.get().is_administrator:
         return settings
     plugins, code = ToolCallPlugin(enabled=True), TrustRemoteCode(allow=["(?s:.*)"])
     return replace(settings, models=replace(settings.models, tool_call_plugin=plugins, trust_remote_code=code))

@@ -14,14 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nimhost.api import files, inference, metrics, openapi, plan, platform, requests, resources, weights
 from nimhost.api import tokens as api_tokens
 from nimhost.api.access import (
-    CALLER,
-    Caller,
+    ASKER,
+    Asker,
     Guard,
     Picked,
     TokenTable,
     check_right,
     cors_headers,
-    find_caller,
+    find_asker,
     is_loopback,
     needed_right,
     pick,
@@ -34,14 +34,14 @@ from nimhost.api.parts import Parts
 from nimhost.api.resource import Endpoint
 from nimhost.config import Settings
 from nimhost.errors import NimhostError, Unauthorized
-from nimhost.gateway import caller as gateway_caller
+from nimhost.gateway.caller import Caller
 from nimhost.gateway.cycle import DIRECT
 from nimhost.gateway.paths import is_gateway_path
 from nimhost.tokens import Token
 
 log = logging.getLogger(__name__)
 ADMITTED_LIMIT = 512
-OnRefused = Callable[[gateway_caller.Caller], None]
+OnRefused = Callable[[Caller], None]
 
 
 def control_plane(parts: Parts) -> ASGIApp:
@@ -112,8 +112,8 @@ def entry(
             await send({"type": "websocket.close", "code": 1008})
         else:
             to_gateway, picked = is_gateway_path(scope["path"]), pick(scope["headers"])
-            if to_gateway and (caller := gate.admitted.get(picked)) and caller.token is None:
-                CALLER.set(caller)
+            if to_gateway and (asker := gate.admitted.get(picked)) and asker.token is None:
+                ASKER.set(asker)
                 await gateway(scope, receive, send)
             else:
                 await gate.pass_on(gateway if to_gateway else control, picked, to_gateway, scope, receive, send)
@@ -131,15 +131,15 @@ class Gate:
         self._tokens, self._on_refused = tokens, on_refused
         self._asking: dict[str, set[asyncio.Task[object]]] = {}
         """By the hash of the token."""
-        self.admitted: dict[Picked, Caller] = {}
+        self.admitted: dict[Picked, Asker] = {}
         """To the gateway, from no web page: a client sends the same few headers again and again."""
         tokens.on_revoked = self._cut
 
     async def pass_on(
         self, app: ASGIApp, picked: Picked, to_gateway: bool, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        if to_gateway and (caller := self.admitted.get(picked)):
-            await self._run(app, caller, to_gateway, scope, receive, send)
+        if to_gateway and (asker := self.admitted.get(picked)):
+            await self._run(app, asker, to_gateway, scope, receive, send)
         else:
             await self._decide(app, picked, to_gateway, scope, receive, send)
 
@@ -154,8 +154,8 @@ class Gate:
                     await _answer_preflight(preflight_headers(head, origin), send)
                     return
                 send, scope = _sharing(send, cors_headers(origin)), {**scope, "extensions": {}}
-            caller = find_caller(head, path, self._tokens, loopback=self._loopback)
-            check_right(caller, needed_right(method, path, to_gateway))
+            asker = find_asker(head, path, self._tokens, loopback=self._loopback)
+            check_right(asker, needed_right(method, path, to_gateway))
         except NimhostError as error:
             log.warning("refused %s %r: %s", method, path, error)
             if refused := await _refuse(error, to_gateway, scope, receive, send):
@@ -164,17 +164,17 @@ class Gate:
         if to_gateway and origin is None:
             if len(self.admitted) >= ADMITTED_LIMIT:
                 self.admitted.clear()
-            self.admitted[picked] = caller
-        await self._run(app, caller, to_gateway, scope, receive, send)
+            self.admitted[picked] = asker
+        await self._run(app, asker, to_gateway, scope, receive, send)
 
     async def _run(
-        self, app: ASGIApp, caller: Caller, to_gateway: bool, scope: Scope, receive: Receive, send: Send
+        self, app: ASGIApp, asker: Asker, to_gateway: bool, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        CALLER.set(caller)
-        if caller.token is None:
+        ASKER.set(asker)
+        if asker.token is None:
             await app(scope, receive, send)
         else:
-            await self._until_revoked(caller.token, app, to_gateway, scope, receive, send)
+            await self._until_revoked(asker.token, app, to_gateway, scope, receive, send)
 
     async def _until_revoked(
         self, token: Token, app: ASGIApp, to_gateway: bool, scope: Scope, receive: Receive, send: Send
@@ -194,11 +194,10 @@ class Gate:
         try:
             await app(scope, receive, sending)
         except asyncio.CancelledError:
-            if token in self._tokens:
+            if token in self._tokens or begun or (direct and direct.begun):
                 raise
             task.uncancel()
-            if not (begun or (direct and direct.begun)):
-                await _refuse(Unauthorized("This API token has been revoked."), to_gateway, scope, receive, send)
+            await _refuse(_revoked(), to_gateway, scope, receive, send)
         finally:
             asking.discard(task)
             if not asking:
@@ -208,17 +207,19 @@ class Gate:
         self.admitted.clear()
         for task in self._asking.pop(token.sha256, ()):
             if task is not asyncio.current_task():  # who revokes its own token is told that it worked
-                task.cancel()
+                task.cancel(_revoked())
 
 
-async def _refuse(
-    error: NimhostError, to_gateway: bool, scope: Scope, receive: Receive, send: Send
-) -> gateway_caller.Caller | None:
+def _revoked() -> Unauthorized:
+    return Unauthorized("This API token has been revoked.")
+
+
+async def _refuse(error: NimhostError, to_gateway: bool, scope: Scope, receive: Receive, send: Send) -> Caller | None:
     """Returns whom, if it was on its way to the gateway."""
     if not to_gateway:
         await error_reply(error)(scope, receive, send)
         return None
-    caller = gateway_caller.Caller(scope, receive, send, 0)
+    caller = Caller(scope, receive, send, 0)
     await caller.fail(error)
     return caller
 

@@ -1,4 +1,4 @@
-"""Bodies of requests -> wishes. Pure. Every wrong field is named in the 422 form of the wire, all that can be found."""
+"""Bodies of requests -> wishes. Pure. Every wrong field is named in the 422 form of the wire, up to `MOST_PROBLEMS`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ Json = dict[str, Any]
 Loc = tuple[str | int, ...]
 SENSITIVE = frozenset({"value", "api_key", "token"})
 """Fields whose content no error repeats."""
+MOST_PROBLEMS = 50
+"""Of one body: it may have 400,000 fields that nobody knows."""
+SHOWN_LENGTH = 100
+"""Of a field's name."""
 MAX_INTEGER = 2**53 - 1
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]|(\[\.\.\.\])")
 
@@ -50,7 +54,7 @@ def _refuse_repeated_keys(data: bytes) -> None:
         seen = set()
         for key, _ in pairs:
             if key in seen:
-                raise _refuse([Problem(("body", key[:100]), "The field is there twice", "json_invalid")])
+                raise _refuse([Problem(("body", key[:SHOWN_LENGTH]), "The field is there twice", "json_invalid")])
             seen.add(key)
 
     try:
@@ -66,14 +70,16 @@ def read_fields(
 
     `partial`: none is required, and null means the default. `silent`: the problems do not repeat what was sent.
 
-    Raises InvalidRequest with every problem: unknown, missing and wrong fields.
+    Raises InvalidRequest with the problems: unknown, missing and wrong fields.
     """
     known = {f.encode_name: f for f in fields}
     values: Json = {}
     problems: list[Problem] = []
     for key, value in raw.items():
+        if len(problems) >= MOST_PROBLEMS:
+            break
         if key not in known:
-            problems.append(_unknown(key, value, known))
+            problems.append(_unknown(key[:SHOWN_LENGTH], value, known))
         elif partial and value is None:
             values |= _cleared(known[key])
         else:
@@ -106,8 +112,9 @@ def explain(message: str, kind: Any, value: object, loc: Loc) -> Problem:
     if text.startswith("Object missing required field") and name:
         return _missing((*loc, *steps, name[1]), here)
     if text.startswith("Object contains unknown field") and name:
-        problem = _unknown(name[1], _follow(here, (name[1],)), _names_in(inner))
-        problem["loc"] = [*loc, *steps, name[1]]
+        short = name[1][:SHOWN_LENGTH]
+        problem = _unknown(short, _follow(here, (name[1],)), _names_in(inner))
+        problem["loc"] = [*loc, *steps, short]
         return problem
     choices = _choices(inner)
     if text.startswith("Invalid enum value") and choices:
@@ -145,7 +152,9 @@ def _wrong_member(members: object, kind: Any) -> str:
 def _refuse(problems: list[Problem]) -> InvalidRequest:
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")  # type: ignore[attr-defined]
-    return InvalidRequest(f"{where}: {first['msg']}" if where else str(first["msg"]), problems=tuple(problems))
+    return InvalidRequest(
+        f"{where}: {first['msg']}" if where else str(first["msg"]), problems=tuple(problems[:MOST_PROBLEMS])
+    )
 
 
 def _not_json(position: int, reason: str) -> Problem:

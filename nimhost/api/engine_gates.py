@@ -16,7 +16,7 @@ from nimhost.refs import is_name
 
 
 async def check_gates(wish: DeploymentConfig, workspace: str, db: Reader, settings: Settings) -> None:
-    """`settings` are the caller's (`access.settings_for_caller`). Raises Forbidden, naming the field."""
+    """`settings` are the asker's (`access.settings_for_asker`). Raises Forbidden, naming the field."""
     plugin, trust = asks_for_plugin(wish.executor_config), asks_for_trust(wish.executor_config)
     if plugin is not None:
         _named(plugin, lambda: check_tools(ToolCallConfig(tool_call_plugin="plugin"), workspace, settings, plugin))

@@ -7,7 +7,7 @@ from typing import Any
 from msgspec.structs import replace
 from starlette.responses import Response
 
-from nimhost.api.access import settings_for_caller
+from nimhost.api.access import settings_for_asker
 from nimhost.api.http import JsonReply
 from nimhost.api.model_rules import check_trust
 from nimhost.api.parts import Parts
@@ -61,7 +61,7 @@ class Filesets(Resource):
         models = [user for user in await users_of(fileset, tx) if user.kind == "models"]
         for model in models:
             if model.wish.trust_remote_code:
-                check_trust(storage, settings_for_caller(self.parts.settings))
+                check_trust(storage, settings_for_asker(self.parts.settings))
             await tx.set_status(model, ModelStatus())
         if (specs := self.parts.specs) is not None:
             tx.after = lambda: specs.touched([(model.kind, model.workspace, model.name) for model in models])

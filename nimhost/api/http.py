@@ -25,7 +25,7 @@ from nimhost.errors import (
     status_of,
 )
 from nimhost.gateway.buffers import BUFFERS
-from nimhost.gateway.cycle import ENDLESS
+from nimhost.gateway.cycle import DIRECT, ENDLESS
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -143,6 +143,11 @@ class EndlessReply(StreamingResponse):
         await super().__call__(scope, receive, marking)
 
 
+def event(body: Json) -> bytes:
+    """One of a stream of events."""
+    return b"data: %b\n\n" % msgspec.json.encode(body)
+
+
 def empty_reply(status: int) -> Response:
     return Response(status_code=status)
 
@@ -184,9 +189,12 @@ def answering_errors(app: ASGIApp) -> ASGIApp:
             return
         except Exception as error:  # the border: whatever it is, the client gets an answer and a bug gets a traceback
             reply = _answer_to(error, f"{scope['method']} {scope['path']}")
-            if begun:
+            if not begun:
+                await reply(scope, receive, send)
+            elif direct := scope.get("extensions", {}).get(DIRECT):
+                direct.broken_off = True
+            else:
                 raise
-            await reply(scope, receive, send)
         finally:
             held.let_go()
 

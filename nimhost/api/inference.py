@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import fields as struct_fields
 from msgspec.structs import replace
@@ -17,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from nimhost.api.decode import read_fields, read_struct
-from nimhost.api.http import EndlessReply, JsonReply, query_flag, query_int, read_json
+from nimhost.api.http import EndlessReply, JsonReply, event, query_flag, query_int, read_json
 from nimhost.api.parts import Parts
 from nimhost.api.references import owner_of
 from nimhost.api.resource import get_entity, show_entity
@@ -155,11 +154,11 @@ class Inference:
             async with cancelling(store.wait_change(store.revision), self._parts.host.wait_progress()) as waits:
                 found = await store.find("deployments", deployment.workspace, deployment.name)
                 if found is None or found.id != deployment.id:
-                    yield _event(_GONE)
+                    yield event(_GONE)
                     return
                 now = await self._snapshot(found)
                 if now != last:
-                    yield _event(now)
+                    yield event(now)
                     last = now
                 done, _ = await asyncio.wait(waits, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -204,10 +203,6 @@ def _served(model: ServedModel, provider: Entity) -> ServedModel:
 
 
 _GONE = {"status": "DELETED", "status_message": "", "desired": "stopped", "update": None, "progress": None}
-
-
-def _event(body: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 async def stream_reply(chunks: AsyncIterator[bytes], media_type: str) -> Response:

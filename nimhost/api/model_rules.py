@@ -1,7 +1,7 @@
 """What a model and a deployment config may ask of engines: code to trust, plugins, templates, GPUs to split over.
 
 A model is only held to account for what a request changes: what an administrator allowed stays allowed when somebody
-else edits its description. `settings` are the caller's (`access.settings_for_caller`): an administrator needs no leave.
+else edits its description. `settings` are the asker's (`access.settings_for_asker`): an administrator needs no leave.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from nimhost.api.access import settings_for_caller
+from nimhost.api.access import settings_for_asker
 from nimhost.api.model_rules import check_model
 from nimhost.api.references import check_deletable
 from nimhost.api.resource import Resource
@@ -19,11 +19,11 @@ ENDPOINT = "#api_endpoint"
 
 class Models(Resource):
     async def insert(self, tx: Transaction, workspace: str, name: str, wish: Any, status: Any) -> Entity:
-        await check_model(None, wish, workspace, tx, settings_for_caller(self.parts.settings))
+        await check_model(None, wish, workspace, tx, settings_for_asker(self.parts.settings))
         return await super().insert(tx, workspace, name, wish, status)
 
     async def change(self, tx: Transaction, entity: Entity, wish: Any, named: set[str], new_version: bool) -> Entity:
-        await check_model(entity.wish, wish, entity.workspace, tx, settings_for_caller(self.parts.settings))
+        await check_model(entity.wish, wish, entity.workspace, tx, settings_for_asker(self.parts.settings))
         before = entity.wish.api_endpoint
         if "api_endpoint" in named and wish.api_endpoint and wish.api_endpoint.api_key is None and before:
             # No reply shows the key: who sends back what he got means to keep it. "" takes it away.

@@ -100,6 +100,12 @@ _COMMON: dict[str, Json] = {
         {"file_ref": TEXT, "file_url": TEXT, "path": TEXT, "size": {"type": "integer", "minimum": 0},
          "cache_status": nullable(TEXT)}
     ),
+    "Unreadable": {
+        "type": "object",
+        "description": "In place of something whose stored row cannot be read: the fields of its kind are empty.",
+        "properties": {"name": TEXT, "unreadable": TEXT},
+        "required": ["name", "unreadable"],
+    },
     "ServedModel": record({"model_entity_id": TEXT, "served_model_name": TEXT}),
     "Deletion": record(
         {"dry_run": {"const": True}, "would_delete": {"type": "array", "items": record(

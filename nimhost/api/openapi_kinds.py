@@ -108,9 +108,10 @@ def _word(kind: Kind) -> str:
 
 def _deleted(kind: Kind) -> dict[int, dict[str, Json] | None]:
     """200 also says what would have been deleted."""
-    tried = ref("Deletion")
+    tried, broken = ref("Deletion"), ref("Unreadable")
     if kind.delete_code != 200:
-        return {200: {JSON: tried}, kind.delete_code: {JSON: NULL} if kind.delete_code == 202 else None}
+        done = {JSON: {"anyOf": [NULL, broken]}} if kind.delete_code == 202 else None
+        return {200: {JSON: tried}, kind.delete_code: done}
     times = {"id": TEXT, "message": TEXT, "deleted_at": TEXT}
     match kind.key:
         case "workspaces":
@@ -119,7 +120,7 @@ def _deleted(kind: Kind) -> dict[int, dict[str, Json] | None]:
             done = record(times)
         case _:
             done = ref(kind.wish.__name__)
-    return {200: {JSON: {"anyOf": [done, tried]}}}
+    return {200: {JSON: {"anyOf": [done, tried, broken]}}}
 
 
 def _list_query(kind: Kind) -> tuple[Json, ...]:

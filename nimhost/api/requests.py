@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nimhost.api.http import EndlessReply, JsonReply, query_flag, query_int
+from nimhost.api.http import EndlessReply, JsonReply, event, query_flag, query_int
 from nimhost.api.parts import Parts
 from nimhost.gateway.requestlog import RequestLog
 
@@ -56,7 +55,7 @@ async def last_of(log: RequestLog, wanted: Wanted, limit: int) -> list[Json]:
 async def follow(log: RequestLog, number: int, first: list[Json], wanted: Wanted) -> AsyncIterator[bytes]:
     """`first`, and all that come after that number. Whoever reads too slowly is told how many it missed."""
     for one in first:
-        yield _event(one)
+        yield event(one)
     while True:
         try:
             async with asyncio.timeout(HEARTBEAT_S):
@@ -67,9 +66,9 @@ async def follow(log: RequestLog, number: int, first: list[Json], wanted: Wanted
         await asyncio.sleep(PAUSE_S if log.count - number < STEP else 0)
         news = log.after(number, STEP)
         if missed := news[0]["number"] - number - 1:
-            yield _event({"missed": missed})
+            yield event({"missed": missed})
         number = news[-1]["number"]
-        yield b"".join(_event(one) for one in news if wanted(one))
+        yield b"".join(event(one) for one in news if wanted(one))
 
 
 def _wanted(request: Request) -> Wanted:
@@ -96,7 +95,3 @@ def _is_named(ref: str | None, name: str) -> bool:
 def _is_in(one: Json, workspace: str) -> bool:
     """Whether it asked for something of that workspace, or was answered there."""
     return any((one[key] or "").startswith(f"{workspace}/") for key in ("model", "provider"))
-
-
-def _event(body: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
-from nimhost.api.access import settings_for_caller
+from nimhost.api.access import settings_for_asker
 from nimhost.api.container_rules import check_container
 from nimhost.api.engine_gates import check_gates
 from nimhost.api.model_rules import check_engine
@@ -55,7 +55,7 @@ async def complete(kind: str, wish: Wish, workspace: str, db: Reader, settings: 
     if kind != "filesets":  # there it is any text
         check_project(getattr(wish, "project", None))
     rule = RULES.get(kind)
-    return wish if rule is None else await rule(wish, workspace, db, settings_for_caller(settings))
+    return wish if rule is None else await rule(wish, workspace, db, settings_for_asker(settings))
 
 
 def check_project(project: str | None) -> None:

@@ -93,7 +93,7 @@ def _of_kind(kind: Kind, wish: Json, status: Json) -> dict[str, Json]:
         f"{name}Update": record(changes, []) if kind.update == "PATCH" else record(body | settable, needed),
         name: _with(sometimes, shown(whole)),
         f"{name}Listed": _with(sometimes, shown(whole) if kind.list_nulls else listed(whole)),
-        f"{name}Page": _page(kind, ref(f"{name}Listed")),
+        f"{name}Page": _page(kind, {"anyOf": [ref(f"{name}Listed"), ref("Unreadable")]}),
     }
 
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nimhost.api.access import CALLER, FIRST_ADMINISTRATOR, is_loopback
+from nimhost.api.access import ASKER, FIRST_ADMINISTRATOR, is_loopback
 from nimhost.api.decode import read_struct
 from nimhost.api.http import JsonReply, empty_reply, read_json
 from nimhost.api.parts import Parts
@@ -53,7 +53,7 @@ class Tokens:
         check_name(wanted.name)
         if not wanted.scopes:
             raise InvalidRequest.field("At least one scope is needed", "scopes", input=[])
-        if "admin" in wanted.scopes and not CALLER.get().is_administrator:
+        if "admin" in wanted.scopes and not ASKER.get().is_administrator:
             raise Forbidden("Only an administrator makes tokens with the scope 'admin'.", FIRST_ADMINISTRATOR)
         text = spell(secrets.token_bytes(RANDOM_BYTES))
         token = remember(wanted.name, wanted.scopes, text, now())

@@ -16,6 +16,8 @@ from nimhost.gateway.routes import Target
 
 JSON_NEEDED = "The body must be a JSON object or a form; other bodies go to the route of a model or a provider."
 MAX_MODEL_BYTES = 1024
+MOST_PARTS = 1000
+"""Of a form: so many are looked at. 50 MB could be three million."""
 LOOKED_AT_BYTES = 4096
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that others wrote."""
@@ -169,8 +171,8 @@ def _first_part(body: bytes, dash: bytes) -> int:
 
 
 def _find_model(body: bytes, dash: bytes) -> FormBody | None:
-    at = _first_part(body, dash)
-    while at != -1:
+    at, count = _first_part(body, dash), 0
+    while at != -1 and (count := count + 1) <= MOST_PARTS:
         head_end = body.find(b"\r\n\r\n", at)
         part_end = body.find(b"\r\n" + dash, head_end + 2)
         if head_end == -1 or part_end == -1:

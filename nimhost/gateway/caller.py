@@ -19,8 +19,6 @@ from nimhost.gateway.messages import Messages
 from nimhost.gateway.replies import error_event, error_reply, kind_of
 from nimhost.gateway.requestlog import BODY_BYTES, SHOWN_LENGTH, Record
 
-__all__ = ["Caller", "ClientLeft", "Receive", "Scope", "Send", "Upload"]
-
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")

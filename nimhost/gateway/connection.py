@@ -60,7 +60,7 @@ class Reply:
     __slots__ = ("_broken", "_connection", "_stalled", "_waiter", "begun", "complete", "headers", "pieces",
                  "size_bytes", "status", "taker")  # fmt: skip
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: UpstreamConnection) -> None:
         self._connection = connection
         self._waiter: asyncio.Future[None] | None = None
         self._broken: ConnectionBroken | None = None
@@ -137,7 +137,7 @@ class Reply:
         self.tell()
 
 
-class Connection(asyncio.Protocol):
+class UpstreamConnection(asyncio.Protocol):
     """Made by the pool, which is told when it may be used again (`on_free`) and when it is no more (`on_lost`)."""
 
     transport: asyncio.Transport
@@ -146,8 +146,8 @@ class Connection(asyncio.Protocol):
         self,
         loop: asyncio.AbstractEventLoop,
         origin: Origin,
-        on_free: Callable[[Connection], None],
-        on_lost: Callable[[Connection], None],
+        on_free: Callable[[UpstreamConnection], None],
+        on_lost: Callable[[UpstreamConnection], None],
     ) -> None:
         self.loop = loop
         self.origin = origin

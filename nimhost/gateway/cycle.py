@@ -26,7 +26,6 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
 def _status_line(status: int) -> bytes:
@@ -50,7 +49,6 @@ class Connection(Protocol):
 
     def date_line(self) -> bytes: ...
     def writable(self) -> Awaitable[None]: ...
-    def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
     def completed(self, cycle: Cycle) -> None: ...
     def finished(self, cycle: Cycle) -> None: ...
@@ -90,9 +88,12 @@ class Cycle:
     def feed(self, piece: bytes) -> None:
         self._pieces.append(piece)
         self._size_bytes += len(piece)
-        if self._size_bytes > READ_AHEAD_BYTES:
-            self._connection.pause_reading()
         self._tell()
+
+    @property
+    def full(self) -> bool:
+        """Enough of the body is here that nobody has read, and somebody still may."""
+        return self._size_bytes > READ_AHEAD_BYTES and not self.complete
 
     def feed_end(self) -> None:
         self.more_body = False
@@ -125,6 +126,8 @@ class Cycle:
         return self._all()
 
     def _all(self) -> bytes:
+        if self._size_bytes > READ_AHEAD_BYTES:
+            self._connection.resume_reading()  # now, and not with the next `receive`: there may be none
         pieces, self._pieces, self._size_bytes = self._pieces, [], 0
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -133,7 +136,6 @@ class Cycle:
             self._awaits_100 = False
             self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if not self.gone and not self.complete:
-            self._connection.resume_reading()
             while not self._news:
                 self._waiter = self._connection.loop.create_future()
                 await self._waiter
@@ -144,7 +146,7 @@ class Cycle:
 
     # --- the reply
 
-    def start(self, status: int, headers: RawHeaders) -> None:
+    def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """It goes out with the first piece, or with `flush`. `headers`: names in lower case. Raises RuntimeError for
         what would not be a head.
         """

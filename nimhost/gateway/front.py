@@ -26,8 +26,8 @@ MAX_KEPT_BYTES = MAX_HEAD_BYTES + 262_144
 """Of a head that has no end yet; where it began within what was read is not known, and that much is read at once."""
 MAX_WAITING = 8
 """So many requests are read ahead of their turn. From there on it is not noticed either when the client leaves."""
-BODY_QUIET_S = 60.0
-"""So long may a client be silent in the middle of a body."""
+BODY_QUIET_S = 75.0
+"""So long may a client be silent in the middle of a body. The control plane gives up before, and has an answer."""
 LINGER_S = 10.0
 """So long is a body read on that was answered before it was complete: closing at once could lose the answer."""
 REPLY_STUCK_S = 300.0
@@ -51,7 +51,7 @@ class Server(Protocol):
     default_headers: list[tuple[bytes, bytes]]
 
 
-class Connection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(
@@ -146,6 +146,8 @@ class Connection(asyncio.Protocol):
         if self._head_bytes > MAX_KEPT_BYTES:
             self._refuse(_TOO_LARGE)
         elif self._in_body:
+            if self._cycle and self._cycle.full:
+                self.pause_reading()
             if self._timer is None:
                 self._arm(BODY_QUIET_S, self._body_is_late)
         elif self._head_bytes and self._timer is None and (self._cycle is None or self._cycle.complete):
@@ -202,7 +204,9 @@ class Connection(asyncio.Protocol):
             size_bytes = len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
             if size_bytes > MAX_HEAD_BYTES:
                 self._stop_for(_TOO_LARGE)
-        if parser.should_upgrade() and parser.get_method() != b"CONNECT":
+        if parser.should_upgrade():
+            if parser.get_method() == b"CONNECT":
+                self._stop_for(_INVALID)  # it always asks for another protocol, and would without end
             self._stays = True
             return
         before, version = self._cycle, parser.get_http_version()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, MutableMapping
 from typing import Any
 
-from nimhost.gateway.cycle import RawHeaders, Receive, Send
+from nimhost.gateway.cycle import Receive, Send
 
 
 class Messages:
@@ -42,7 +42,7 @@ class Messages:
             pass
         on_leave()
 
-    def start(self, status: int, headers: RawHeaders) -> None:
+    def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Goes out with the first piece."""
         self._head = {"type": "http.response.start", "status": status, "headers": list(headers)}
 

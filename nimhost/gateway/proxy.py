@@ -1,8 +1,9 @@
-"""The data plane: a plain ASGI application that carries one request to one upstream and its reply back, byte for byte.
+"""The data plane: a plain ASGI application that carries one request to one upstream and its reply back, byte for byte
+(nothing in it is parsed) or in translation.
 
-Nothing in a reply is parsed. When the client leaves, the upstream's connection is closed, so that the GPU stops. Before
-the first byte of the reply every failure is a typed error of ours; after it the stream ends as broken as it is. A
-request goes to another upstream only if it could not be sent to the first.
+When the client leaves, the upstream's connection is closed, so that the GPU stops. Before the first byte of the reply
+every failure is a typed error of ours; after it the stream ends as broken as it is. A request goes to another upstream
+only if it could not be sent to the first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,27 +19,27 @@ from nimhost.config import Gateway as GatewaySettings
 from nimhost.errors import MethodNotAllowed, NimhostError, NotFound, NotReady, ProviderRefused, RequestLoop
 from nimhost.gateway.balance import Standing, choose, is_failure
 from nimhost.gateway.bodies import JsonBody, PlainBody, name_in, name_within
-from nimhost.gateway.caller import Caller, ClientLeft, Receive, Scope, Send, Upload
+from nimhost.gateway.caller import Caller, Upload
+from nimhost.gateway.cycle import Receive, Scope, Send
 from nimhost.gateway.deadlines import Deadlines
-from nimhost.gateway.exchange import Exchange
+from nimhost.gateway.exchange import ClientLeft, Exchange
 from nimhost.gateway.headers import COMPRESSION, NOTHING, OVERHEAD, find, reply_headers, request_headers
 from nimhost.gateway.incoming import LARGE_BYTES, AnyBody, read_for_model, read_for_provider, read_with_model
 from nimhost.gateway.keepalive import KeepAlive, goes_on, tell_instead
-from nimhost.gateway.paths import Place, is_gateway_path, parse_place
+from nimhost.gateway.paths import Place, parse_place
 from nimhost.gateway.replies import model_card, model_list, ready_note
 from nimhost.gateway.requestlog import BODY_BYTES, SHOWN_LENGTH
 from nimhost.gateway.routes import HOP, Route, RouteTable, Target
 from nimhost.gateway.scrape import Scrape, scrape
-from nimhost.gateway.traffic import CLIENT_LEFT, CUT_OFF, OUR_FAULT, Traffic
-from nimhost.gateway.translate.pairs import NEEDED
+from nimhost.gateway.traffic import CLIENT_LEFT, OUR_FAULT, Traffic
+from nimhost.gateway.translate.pairs import NEEDED, Translation
 from nimhost.gateway.translated import Interpreter, Translated
 from nimhost.gateway.upstream import Body, ConnectionBroken, NothingSent, Reply, UpstreamPool, broken_off
 from nimhost.refs import Ref
 
-__all__ = ["Gateway", "is_gateway_path"]
-
 BODY_LIMIT_BYTES = 50_000_000
-REFUSAL_BYTES = 500
+REFUSAL_BYTES, REFUSAL_LENGTH = 16_384, 500
+"""So much of a provider's refusal is read, and shown: a key that stands at the end of what is shown is seen whole."""
 _HOP = HOP.encode()
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
@@ -89,14 +90,16 @@ class Gateway:
         self.on_idle()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        caller, own = Caller(scope, receive, send, self._body_limit_bytes), None
+        caller, counted = Caller(scope, receive, send, self._body_limit_bytes), True
         try:
             if _HOP in caller.fields:
                 self._refuse_loop(caller)
             place = parse_place(scope["path"])
+            counted = place.kind != "ready"
             if caller.method not in _METHODS:
                 raise MethodNotAllowed("Method Not Allowed")
             if own := self._own_reply(place, caller.method):
+                counted = False
                 await caller.answer(200, [(b"content-type", b"application/json")], own)
             else:
                 await self._forward(caller, place)
@@ -104,13 +107,16 @@ class Gateway:
             caller.record.error = CLIENT_LEFT
         except NimhostError as error:
             await caller.fail(error)
-        except BaseException as error:
-            caller.record.error = OUR_FAULT if isinstance(error, Exception) else CUT_OFF
+        except asyncio.CancelledError as cut:
+            self.traffic.cut_off(caller.record, cut)
+            raise
+        except Exception:  # only noted: whoever carries the client's connection answers, and logs the traceback
+            caller.record.error = OUR_FAULT
             raise
         finally:
             if caller.held:
                 caller.held.let_go()
-            if not own:
+            if counted:
                 self.traffic.end(caller)
 
     async def engine_metrics(self) -> Scrape:
@@ -173,7 +179,7 @@ class Gateway:
                     await self._carry(caller, place.tail, target, body, exchange)
                     return
                 except NothingSent as failed:
-                    left = tuple(other for other in left if other is not target)
+                    left = self._now(other for other in left if other is not target)
                     if not left:
                         raise failed.error from None
 
@@ -182,11 +188,17 @@ class Gateway:
         caller.record.request_body, caller.record.reply_body = raw[:BODY_BYTES], bytearray()
 
     def _choose(self, targets: Targets) -> Target:
-        standings = [(target.priority, self._standing(target)) for target in targets]
+        standings = [(target.priority, self.standings[target.route.upstream.provider]) for target in targets]
         return targets[choose(standings, self._pool.now_s())]
 
-    def _standing(self, target: Target) -> Standing:
-        return self.standings.get(target.route.upstream.provider) or Standing()
+    def _now(self, targets: Iterable[Target]) -> Targets:
+        """As the table has them after a wait: an engine that has left it and has no requests may be gone already."""
+        return tuple(
+            now
+            for target in targets
+            for now in self._table.models.get(target.ref, ())
+            if now.route.upstream.provider == target.route.upstream.provider
+        )
 
     async def _carry(self, caller: Caller, tail: str, target: Target, body: AnyBody, exchange: Exchange) -> None:
         """One upstream is asked, and its reply passed on, in translation if it does not speak the client's format.
@@ -196,20 +208,17 @@ class Gateway:
         route = target.route
         exchange.route = route
         needed, between = NEEDED[target.speaks].get(tail), None
-        if needed and isinstance(body, JsonBody):
-            if len(body.raw) < LARGE_BYTES:
-                between = Interpreter(needed, caller, body, target)
-            else:
-                between = await asyncio.to_thread(Interpreter, needed, caller, body, target)
-            url, query, headers, sent = between.asked
-        else:
-            url, query = route.url(tail), caller.query
-            without = COMPRESSION if exchange.keep_alive else NOTHING
-            headers = request_headers(caller.headers, route, caller.request_id, without)
-            sent = body if body is None or isinstance(body, Upload) else body.for_target(target)
-        standing = self._standing(target)
-        probe = standing.begin()
+        standing = self.standings[route.upstream.provider]
+        probe = standing.begin()  # it has to stay from here on, also while a thread translates
         try:
+            if needed and isinstance(body, JsonBody):
+                between = await _interpreter(needed, caller, body, target)
+                url, query, headers, sent = between.asked
+            else:
+                url, query = route.url(tail), caller.query
+                without = COMPRESSION if exchange.keep_alive else NOTHING
+                headers = request_headers(caller.headers, route, caller.request_id, without)
+                sent = body if body is None or isinstance(body, Upload) else body.for_target(target)
             self.traffic.send(caller.record, target if target.served_name else self._named(target, body))
             reply = await self._send((route, caller.method, url, query, headers, sent), standing, exchange)
             try:
@@ -308,6 +317,12 @@ class Gateway:
                 await wait
 
 
+async def _interpreter(needed: Translation, caller: Caller, body: JsonBody, target: Target) -> Interpreter:
+    if len(body.raw) < LARGE_BYTES:
+        return Interpreter(needed, caller, body, target)
+    return await asyncio.to_thread(Interpreter, needed, caller, body, target)
+
+
 def _standing_at(url: str, before: Standing | None, left: dict[str, Standing]) -> Standing:
     """What is known of an address: the standing before, or the one that has left and comes back."""
     if before is not None and before.url == url:
@@ -339,16 +354,15 @@ class _Patience:
 async def _refusal(reply: Reply, route: Route) -> ProviderRefused:
     """What to tell a client when the provider refuses our key: all but the key."""
     upstream, said = route.upstream, b""
-    while not reply.complete and len(said) < REFUSAL_BYTES:
-        said += await reply.read()
-    said += await reply.read() if reply.complete else b""
+    while len(said) < REFUSAL_BYTES and (piece := await reply.read()):
+        said += piece
     compressed = find(reply_headers(reply.headers, b""), b"content-encoding")
-    text = said[:REFUSAL_BYTES].decode("utf-8", "replace") if not compressed else ""
+    text = said.decode("utf-8", "replace") if not compressed else ""
     for _, value in route.set_headers:
         for secret in (value, value.rpartition(" ")[2]):
             text = text.replace(secret, "***") if secret else text
     what = "the key that nimhost sent" if upstream.headers else "a request without a key"
     return ProviderRefused(
-        f"Provider {upstream.provider} refused {what} (HTTP {reply.status}): {text}".rstrip(": "),
+        f"Provider {upstream.provider} refused {what} (HTTP {reply.status}): {text[:REFUSAL_LENGTH]}".rstrip(": "),
         f"See which secret it uses: nimhost inference providers get {upstream.provider.name}",
     )

@@ -13,7 +13,8 @@ MOST_SAMPLES = 20_000
 OWN = "nimhost_"
 """Names that begin so are ours."""
 _LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*[ \t]*=[ \t]*"(?:[^"\\]|\\[\\"n])*"'
-_LABELS = rf"(?:[ \t]*{_LABEL}[ \t]*(?:,[ \t]*{_LABEL}[ \t]*)*,?)?[ \t]*"
+_LABELS = rf"[ \t]*(?:{_LABEL}[ \t]*(?:,[ \t]*{_LABEL}[ \t]*)*(?:,[ \t]*)?)?"
+"""Blanks are matched in one place only: with two of them a long line takes as long as its length squared."""
 _NUMBER = r"[-+]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|Inf|NaN)"
 _SAMPLE = re.compile(
     rf"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{{({_LABELS})\}})?[ \t]+({_NUMBER})(?:[ \t]+-?\d+)?[ \t]*", re.ASCII

@@ -54,6 +54,7 @@ class Record:
         """None: bodies are not kept."""
         self.ended_at_s = self.time_s = 0.0
         self.status = 0
+        """Of the reply, once it is over; what the client was told in its place, if it was cut off before."""
 
     def overhead_ms(self, now_s: float) -> float:
         """Of ours, once the upstream's head is here: up to the asking, and from then on."""

@@ -5,9 +5,11 @@ Nothing here waits, locks or raises; what it costs is a few microseconds at the 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
+from nimhost.errors import NimhostError, status_of
 from nimhost.gateway.caller import Caller
 from nimhost.gateway.headers import find
 from nimhost.gateway.metrics import Metrics, Series
@@ -15,12 +17,14 @@ from nimhost.gateway.requestlog import KEPT, KEPT_WITH_BODIES, Record, RequestLo
 from nimhost.gateway.routes import Target
 from nimhost.gateway.usage import find_usage
 
-CLIENT_LEFT, CLIENT_LEFT_STATUS = "client_left", 499
-"""Nobody was there to be answered; the status is nginx's word for it."""
+CLIENT_LEFT = "client_left"
+"""Nobody was there to be answered."""
 CUT_OFF = "cut_off"
 """By us: a token that was revoked, or the end of the daemon."""
-OUR_FAULT, OUR_FAULT_STATUS = "internal_error", 500
+OUR_FAULT = "internal_error"
 """What should not happen; the log has the traceback."""
+UNANSWERED = {CLIENT_LEFT: 499, CUT_OFF: 503, OUR_FAULT: 500}
+"""The status of a request that ended so before its reply began; 499 is nginx's word for it."""
 
 
 class Traffic:
@@ -37,13 +41,17 @@ class Traffic:
         record.series = series = self.metrics.series(target)
         series.in_flight += 1
 
+    def cut_off(self, record: Record, cut: asyncio.CancelledError) -> None:
+        """The request was cancelled; with an error of ours if its client is told why, in place of a reply."""
+        record.error = CUT_OFF
+        if cut.args and isinstance(why := cut.args[0], NimhostError):
+            record.status, record.reason = status_of(why), why.message
+
     def end(self, caller: Caller) -> None:
         """The request is over, however that came."""
         record = caller.record
         record.ended_at_s, record.time_s = time.perf_counter(), time.time()
-        record.status = status = caller.status or (
-            OUR_FAULT_STATUS if record.error == OUR_FAULT else CLIENT_LEFT_STATUS
-        )
+        record.status = status = caller.status or record.status or UNANSWERED.get(record.error, 500)
         if not record.error and status >= 400:
             record.error = f"upstream_{status // 100}xx"
         series = record.series

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import msgspec
@@ -9,7 +10,7 @@ import msgspec
 from nimhost.errors import NotSupported, UpstreamError
 from nimhost.gateway.bodies import JsonBody
 from nimhost.gateway.caller import Caller
-from nimhost.gateway.headers import find, request_headers
+from nimhost.gateway.headers import RawHeaders, find, request_headers
 from nimhost.gateway.routes import Target
 from nimhost.gateway.translate.fields import Json
 from nimhost.gateway.translate.pairs import Translation
@@ -21,6 +22,7 @@ MAX_REPLY_BYTES = 50_000_000
 IGNORED = b"x-nimhost-ignored"
 """Reply header that names the fields of the request that were left out."""
 _REPLACED = frozenset({b"content-length", b"content-type", b"content-encoding", b"transfer-encoding"})
+_NOT_SHOWN = re.compile(r"[^ -~]")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -42,15 +44,15 @@ class Interpreter:
 
     async def reply(self, reply: Reply) -> Translated:
         """Waits for all of a reply that is no stream. Raises UpstreamError, NotSupported."""
-        kind = find(_lower(reply.headers), b"content-type") or b""
-        if find(_lower(reply.headers), b"content-encoding") not in (None, b"identity"):
+        headers = [(name.lower(), value) for name, value in reply.headers]
+        if find(headers, b"content-encoding") not in (None, b"identity"):
             raise UpstreamError("The upstream compressed its reply although it was asked not to.")
-        if kind.startswith(b"text/event-stream") and reply.status < 400:
+        if (find(headers, b"content-type") or b"").startswith(b"text/event-stream") and reply.status < 400:
             stream = self._translation.stream(self._request, int(time.time()))
-            return Translated(reply, self._headers(reply, b"text/event-stream; charset=utf-8"), stream)
+            return Translated(reply, self._headers(headers, b"text/event-stream; charset=utf-8"), stream)
         said = _encode(self._whole(reply.status, await _read(reply)))
-        headers = [*self._headers(reply, b"application/json"), (b"content-length", b"%d" % len(said))]
-        return Translated(reply, headers, None, said)
+        own = [*self._headers(headers, b"application/json"), (b"content-length", b"%d" % len(said))]
+        return Translated(reply, own, None, said)
 
     def _whole(self, status: int, body: bytes) -> Json:
         if status < 400:
@@ -59,9 +61,9 @@ class Interpreter:
             raise NotSupported("This model's server cannot count tokens.", "Take the usage of a reply instead.")
         return self._translation.error(status, body)
 
-    def _headers(self, reply: Reply, kind: bytes) -> list[tuple[bytes, bytes]]:
-        kept = [(name, value) for name, value in _lower(reply.headers) if name not in _REPLACED]
-        ignored = ", ".join(self._ignored).encode("ascii", "replace")[:1000]
+    def _headers(self, upstream: RawHeaders, kind: bytes) -> RawHeaders:
+        kept = [(name, value) for name, value in upstream if name not in _REPLACED]
+        ignored = _NOT_SHOWN.sub("?", ", ".join(self._ignored))[:1000].encode()  # clients name fields as they like
         return [*kept, (b"content-type", kind), *([(IGNORED, ignored)] if ignored else [])]
 
 
@@ -70,9 +72,7 @@ class Translated:
 
     __slots__ = ("_reply", "_said", "_stream", "complete", "headers", "status")
 
-    def __init__(
-        self, reply: Reply, headers: list[tuple[bytes, bytes]], stream: Stream | None, said: bytes = b""
-    ) -> None:
+    def __init__(self, reply: Reply, headers: RawHeaders, stream: Stream | None, said: bytes = b"") -> None:
         self._reply, self._stream, self._said = reply, stream, said
         self.status, self.headers = reply.status, headers
         self.complete = False
@@ -101,7 +101,3 @@ async def _read(reply: Reply) -> bytes:
         if size_bytes > MAX_REPLY_BYTES:
             raise UpstreamError(f"The upstream's reply is larger than {MAX_REPLY_BYTES:,} bytes.")
     return b"".join(pieces)
-
-
-def _lower(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    return [(name.lower(), value) for name, value in headers]

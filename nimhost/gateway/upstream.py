@@ -9,7 +9,7 @@ from functools import lru_cache
 from urllib.parse import quote, urlsplit
 
 from nimhost.errors import NimhostError, UpstreamError, UpstreamTimeout
-from nimhost.gateway.connection import Body, Connection, ConnectionBroken, Origin, Reply
+from nimhost.gateway.connection import Body, ConnectionBroken, Origin, Reply, UpstreamConnection
 from nimhost.gateway.routes import Route
 
 __all__ = ["Body", "ConnectionBroken", "NothingSent", "Reply", "UpstreamPool", "broken_off"]
@@ -37,9 +37,9 @@ class UpstreamPool:
     def __init__(self, connect_timeout_s: float) -> None:
         self._connect_timeout_s = connect_timeout_s
         self._trust: ssl.SSLContext | None = None
-        self._idle: dict[Origin, dict[Connection, float]] = {}
+        self._idle: dict[Origin, dict[UpstreamConnection, float]] = {}
         """Since when; the one used last is at the end, and is used first."""
-        self._connections: set[Connection] = set()
+        self._connections: set[UpstreamConnection] = set()
         self._addresses: dict[str, tuple[float, list[str]]] = {}
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -86,7 +86,7 @@ class UpstreamPool:
 
     # --- connections that wait for their next request
 
-    def _take(self, origin: Origin) -> Connection | None:
+    def _take(self, origin: Origin) -> UpstreamConnection | None:
         idle = self._idle.get(origin)
         while idle:
             connection, since = idle.popitem()
@@ -95,12 +95,12 @@ class UpstreamPool:
             connection.close()
         return None
 
-    def _free(self, connection: Connection) -> None:
+    def _free(self, connection: UpstreamConnection) -> None:
         self._idle.setdefault(connection.origin, {})[connection] = connection.loop.time()
         if self._sweep is None:
             self._sweep = connection.loop.call_later(IDLE_CONNECTION_S, self._close_expired)
 
-    def _lost(self, connection: Connection) -> None:
+    def _lost(self, connection: UpstreamConnection) -> None:
         self._connections.discard(connection)
         if idle := self._idle.get(connection.origin):
             idle.pop(connection, None)
@@ -121,7 +121,7 @@ class UpstreamPool:
 
     # --- new ones
 
-    async def _connect(self, origin: Origin) -> Connection:
+    async def _connect(self, origin: Origin) -> UpstreamConnection:
         """Raises OSError, the last address's if there are several."""
         loop = asyncio.get_running_loop()
         trust, name = (await self._tls(), origin.host) if origin.secure else (None, None)
@@ -129,7 +129,7 @@ class UpstreamPool:
         for address in tuple(addresses):
             try:
                 _, connection = await loop.create_connection(
-                    lambda: Connection(loop, origin, self._free, self._lost),
+                    lambda: UpstreamConnection(loop, origin, self._free, self._lost),
                     address, origin.port, ssl=trust, server_hostname=name,
                 )  # fmt: skip
             except OSError as error:

@@ -13,18 +13,18 @@ import pytest
 
 from nimhost.api.access import (
     ANONYMOUS,
-    CALLER,
+    ASKER,
     Guard,
     TokenTable,
     check_origin,
     check_right,
-    find_caller,
+    find_asker,
     is_loopback,
     needed_right,
     pick,
     presented_keys,
     read_head,
-    settings_for_caller,
+    settings_for_asker,
 )
 from nimhost.config import Server, Settings
 from nimhost.errors import BadRequest, ConfigError, Forbidden, Unauthorized
@@ -131,8 +131,8 @@ def test_where_a_key_can_be(head: dict[bytes, bytes], keys: list[bytes]) -> None
 def test_who_asks(head: dict[bytes, bytes], path: str, loopback: bool, who: str) -> None:
     table = TokenTable(parse_entries(ENTRIES))
     try:
-        caller = find_caller(head, path, table, loopback=loopback)
-        found = caller.token.name if caller.token else "anonymous"
+        asker = find_asker(head, path, table, loopback=loopback)
+        found = asker.token.name if asker.token else "anonymous"
     except Unauthorized:
         found = "refused"
     assert found == who
@@ -180,15 +180,15 @@ def test_a_header_that_is_there_twice_is_refused(name: bytes) -> None:
 def test_nobody_but_an_administrator_may_let_code_into_engines() -> None:
     allowed = Settings()
     for scope in SCOPES:
-        caller = find_caller(
+        asker = find_asker(
             {b"x-api-key": TEXT[scope].encode()}, "/x", TokenTable(parse_entries(ENTRIES)), loopback=True
         )
-        before = CALLER.set(caller)
-        models = settings_for_caller(allowed).models
-        CALLER.reset(before)
+        before = ASKER.set(asker)
+        models = settings_for_asker(allowed).models
+        ASKER.reset(before)
         assert models.tool_call_plugin.enabled is (scope == "admin")
         assert (models.trust_remote_code == allowed.models.trust_remote_code) is (scope != "admin")
-    assert settings_for_caller(allowed) is allowed
+    assert settings_for_asker(allowed) is allowed
     with pytest.raises(Forbidden, match="'admin'"):
         check_right(ANONYMOUS, "administrate")
 

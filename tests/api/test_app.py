@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
 
 import nimhost
 import nimhost.api.http as http
 from nimhost.api.access import Guard
 from nimhost.config import Server, Settings
-from nimhost.errors import ERROR_HEADER, Forbidden, NimhostError, all_errors, from_reply, status_of
+from nimhost.errors import ERROR_HEADER, DockerUnavailable, Forbidden, NimhostError, all_errors, from_reply, status_of
+from nimhost.gateway import front
 from nimhost.gateway.paths import is_gateway_path
 from nimhost.tokens import hash_entry
 from tests.api.conftest import MODELS, SECRETS, World, open_world
+from tests.gateway.conftest import open_door
 
 TOKEN = "nimhost_" + "t" * 43
 
@@ -206,3 +211,33 @@ async def test_every_error_becomes_a_reply_from_which_a_client_makes_the_same_er
 def test_a_guard_without_a_bound_name_lets_no_empty_host_in(head: dict[bytes, bytes]) -> None:
     with pytest.raises(Forbidden):
         Guard("", (), ()).check(head, "GET", False)
+
+
+async def test_a_reply_that_breaks_off_is_logged_once_and_left_without_its_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def lines() -> AsyncIterator[bytes]:
+        yield b"one"
+        raise DockerUnavailable("Docker went away.")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await StreamingResponse(lines())(scope, receive, send)
+
+    async with open_door(before=lambda gateway: http.answering_errors(app)) as door:
+        reply = await door.ask("GET", "/")
+    assert (reply.status, reply.chunks, reply.whole) == (200, [b"one"], False)
+    assert [record.getMessage() for record in caplog.records] == ["GET /: DockerUnavailable: Docker went away."]
+
+
+async def test_who_goes_silent_in_a_body_is_told_so_before_the_connection_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module, name in ((http, "QUIET_LIMIT_S"), (front, "BODY_QUIET_S"), (front, "LINGER_S")):
+        monkeypatch.setattr(module, name, getattr(module, name) / 100)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await http.read_json(Request(scope, receive))
+
+    async with open_door(before=lambda gateway: http.answering_errors(app)) as door:
+        reply = await door.ask("POST", "/", b"{", ["Content-Length: 5"])
+    assert (reply.status, "Nothing more of the body came" in reply.json()["detail"]) == (408, True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
+from nimhost.listening import Server
 from tests.api.conftest import world  # noqa: F401
 from tests.world import World
 
@@ -36,10 +36,8 @@ class Served:
 
     async def _serve(self) -> None:
         async with self.world:
-            app: Any = self.world.daemon.app()
-            config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False)
-            server = uvicorn.Server(config)
-            serving = asyncio.create_task(server._serve([self._listener]))
+            server = Server(self.world.daemon.app(), drain_timeout_s=1, on_stop=lambda: None)
+            serving = asyncio.create_task(server.serve(sockets=[self._listener]))
             self._begun.set()
             await self._stop.wait()
             server.should_exit = True

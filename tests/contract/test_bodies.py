@@ -40,6 +40,8 @@ ODD_BODIES = {
     "null as name": b'{"name": null}',
     "no name": b"{}",
     "an unknown field": b'{"name": "x1", "nmae": "x2"}',
+    "many unknown fields": b'{"name": "x1", %b}' % b", ".join(b'"f%d": 1' % n for n in range(20_000)),
+    "an unknown field with a long name": b'{"name": "x1", "%b": 1}' % (b"f" * 200_000),
     "a wrong word": b'{"name": "x1", "finetuning_type": "magic"}',
     "wrong inside": b'{"name": "x1", "spec": {"family": 3}}',
     "text for a flag": b'{"name": "x1", "trust_remote_code": "yes"}',

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 
 from nimhost.api.app import control_routes
 from nimhost.api.openapi import document, encoded
 from nimhost.api.schemas import NAME
+from nimhost.kinds import KINDS, Kind
 from nimhost.refs import is_name
+from nimhost.store import now
 from tests.api.conftest import open_world
 from tests.contract.conftest import Served
 
 Json = dict[str, Any]
 FUZZ_BUDGET_S = 45
+WORKSPACES = """
+[dictionaries.workspaces]
+values = ["default", "second"]
+[parameters]
+"path.workspace" = { dictionary = "workspaces" }
+"""
+"""Else nearly all that is asked for is in a workspace that does not exist."""
 CHECKS = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
     "unsupported_method", "use_after_free",
@@ -64,6 +76,22 @@ async def test_it_is_made_once_and_served_as_it_is(tmp_path: Path) -> None:
     assert replies[0].headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+async def test_a_row_that_cannot_be_read_is_described(tmp_path: Path, kind: Kind) -> None:
+    async with open_world(tmp_path):
+        pass  # makes the database
+    workspace = "default" if kind.in_workspace else ""
+    with contextlib.closing(sqlite3.connect(tmp_path / "nimhost.db")) as db, db:
+        row = (kind.key, workspace, "odd", "id-1", 1, 1, "[]", "{}", now(), now())
+        db.execute(f"INSERT INTO entities VALUES ({','.join('?' * len(row))})", row)
+    async with open_world(tmp_path) as world:  # which compares every reply with the document
+        path = kind.path("default")
+        (listed,) = [row for row in (await world("GET", path)).json()["data"] if row["name"] == "odd"]
+        assert listed["unreadable"].startswith("It cannot be read")
+        assert (await world("DELETE", f"{path}/odd")).status_code == kind.delete_code
+        assert "odd" not in [row["name"] for row in (await world("GET", path)).json()["data"]]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -100,7 +128,8 @@ def test_whatever_is_asked_the_reply_is_one_that_it_describes(served: Served, tm
         "--warnings": "off",
     }  # fmt: skip
     config = tmp_path / "schemathesis.toml"
-    config.write_text('[parameters]\n"path.workspace" = "default"\n')  # else nearly all of it is in none that exists
+    config.write_text(WORKSPACES)
+    assert httpx.post(f"{served.url}/apis/entities/v2/workspaces", json={"name": "second"}).status_code == 201
     done = subprocess.run(
         [program, "--config-file", config, "run", f"{served.url}/openapi.json", "--no-color", "--continue-on-failure",
          *(word for option in options.items() for word in option)],

@@ -1,4 +1,4 @@
-"""The gateway under a real uvicorn (uvloop, httptools) on a free port, in the test's own loop; engines beside it."""
+"""The gateway behind its own front (uvloop, httptools) on a free port, in the test's own loop; engines beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import uvloop
 
 from nimhost.config import Gateway as GatewaySettings
 from nimhost.entities import ServedModel
-from nimhost.gateway.front import Connection
+from nimhost.gateway.front import ClientConnection
 from nimhost.gateway.proxy import Gateway
 from nimhost.gateway.room import Room
 from nimhost.gateway.routes import Upstream, build_table
@@ -105,11 +105,14 @@ class Door:
 
 
 @asynccontextmanager
-async def open_door(settings: GatewaySettings | None = None, **options: Any) -> AsyncIterator[Door]:
+async def open_door(
+    settings: GatewaySettings | None = None, before: Callable[[Gateway], Any] = lambda gateway: gateway, **options: Any
+) -> AsyncIterator[Door]:
+    """`before`: what stands in front of the gateway."""
     gateway = Gateway(settings or GatewaySettings(), **options)
     config = uvicorn.Config(
-        gateway,
-        http=partial(Connection, Room(1000)),  # type: ignore[arg-type]
+        before(gateway),
+        http=partial(ClientConnection, Room(1000)),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         access_log=False,

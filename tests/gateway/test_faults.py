@@ -16,7 +16,7 @@ import pytest
 
 from nimhost.config import Gateway as GatewaySettings
 from nimhost.entities import ServedModel
-from nimhost.gateway.caller import Receive, Scope, Send
+from nimhost.gateway.cycle import Receive, Scope, Send
 from tests.fakes.engine import CONTROL_PATHS, FakeEngine, Faults
 from tests.gateway.conftest import Door, G, Reply, engine_upstream, open_door
 from tests.support import eventually
@@ -83,6 +83,23 @@ async def test_client_that_leaves_takes_the_upstream_with_it(
     assert engine.cancelled_at - left < CANCELLED_WITHIN_S
     await eventually(lambda: not engine.connections)
     await eventually(lambda: engine.open_streams == 0)
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("size_bytes", [70_000, 250_000, 2_000_000])
+@pytest.mark.parametrize("path", [CHAT_PATH, OPENAI], ids=["streamed-on", "read-whole"])
+async def test_client_that_leaves_after_a_large_body_takes_the_upstream_with_it(
+    door: Door, engine: FakeEngine, size_bytes: int, path: str
+) -> None:
+    """Its last piece alone may be more than is read ahead."""
+    engine.faults = Faults(hang=True)
+    _, writer = await door.open("POST", path, b'{"model":"default/qwen","x":"%b"}' % (b"x" * size_bytes))
+    await eventually(lambda: engine.requests)
+    left = time.monotonic()
+    writer.close()
+    await eventually(lambda: engine.cancelled == 1)
+    assert engine.cancelled_at is not None
+    assert engine.cancelled_at - left < CANCELLED_WITHIN_S
 
 
 @pytest.mark.fault(25)

@@ -10,7 +10,7 @@ import pytest
 
 from nimhost.entities import ServedModel
 from nimhost.errors import BadRequest
-from nimhost.gateway.bodies import MAX_MODEL_BYTES, read_form
+from nimhost.gateway.bodies import MAX_MODEL_BYTES, MOST_PARTS, read_form
 from tests.fakes.engine import FakeEngine
 from tests.gateway.conftest import Door, G, engine_upstream
 
@@ -55,6 +55,7 @@ def test_model_is_found_however_the_part_is_written(head: bytes) -> None:
         (form(MODEL + b"x" * MAX_MODEL_BYTES), b"multipart/form-data; boundary=xYz"),
         (form(MODEL + b"\xff\xfe"), b"multipart/form-data; boundary=xYz"),
         (form(b"x: " + b"y" * MAX_MODEL_BYTES + b"\r\n" + MODEL), b"multipart/form-data; boundary=xYz"),
+        (form(*[LANGUAGE] * MOST_PARTS, MODEL), b"multipart/form-data; boundary=xYz"),
         (b"", b"multipart/form-data; boundary=xYz"),
         (b"--xYz", b"multipart/form-data; boundary=xYz"),
         (b"--xYz\r\n\r\n", b"multipart/form-data; boundary=xYz"),

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import socket
+import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
+from nimhost.config import Gateway as GatewaySettings
+from nimhost.gateway.incoming import LARGE_BYTES
+from nimhost.gateway.translate.pairs import NEEDED
 from tests.fakes.engine import FakeEngine, Faults
-from tests.gateway.conftest import Door, G, Reply, engine_upstream
+from tests.gateway.conftest import Door, G, Reply, engine_upstream, open_door
 from tests.support import eventually
 
 ROUTES = {
@@ -96,3 +105,47 @@ async def test_a_request_whose_body_is_still_coming_goes_to_who_serves_then(
     reply = Reply(await reader.read())
     writer.close()
     assert (reply.status, reply.headers.get("x-fake-instance")) == (200, "b")
+
+
+async def test_an_engine_stays_while_a_large_request_for_it_is_translated(
+    door: Door, engine: FakeEngine, newer: FakeEngine, idle: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go, known = threading.Event(), threading.Event(), NEEDED["OPENAI_CHAT"]["v1/messages"]
+
+    def ask(*args: Any) -> Any:
+        begun.set()
+        assert go.wait(10)
+        return known.ask(*args)
+
+    monkeypatch.setitem(NEEDED["OPENAI_CHAT"], "v1/messages", known._replace(ask=ask))
+    door.route(engine_upstream(engine, policy="generic"))
+    message = {"role": "user", "content": "x" * LARGE_BYTES}
+    body = json.dumps({"model": "qwen", "max_tokens": 5, "messages": [message]}).encode()
+    asking = asyncio.create_task(door.ask("POST", "/v1/messages", body, ["Content-Type: application/json"]))
+    await eventually(begun.is_set)
+    door.route(engine_upstream(newer, policy="generic"))
+    busy = door.gateway.is_busy(engine.url), door.gateway.is_busy(newer.url)
+    go.set()
+    assert busy == (True, False)
+    assert (await asking).headers["x-fake-instance"] == "a"
+    await eventually(lambda: idle == ["idle"])
+    assert [standing.under_way for standing in door.gateway.standings.values()] == [0]
+
+
+async def test_who_stands_in_for_another_is_asked_where_it_is_by_then(engine: FakeEngine, newer: FakeEngine) -> None:
+    """The table changes while the first one is waited for."""
+    with contextlib.ExitStack() as sockets:
+        full = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            one = sockets.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        silent = engine_upstream(engine, "p", base_url=f"http://127.0.0.1:{full.getsockname()[1]}")
+        async with open_door(GatewaySettings(connect_timeout_s=0.3)) as door:
+            for then, status in ((newer, 200), (None, 504)):
+                door.route(silent, engine_upstream(engine, "q"))
+                asking = asyncio.create_task(door.ask("POST", ROUTES["short"], b'{"model":"qwen"}'))
+                await eventually(lambda: door.gateway.is_busy(silent.base_url))
+                door.route(silent, *([engine_upstream(then, "q")] if then else []))
+                assert (await asking).status == status
+    assert (len(engine.requests), len(newer.requests)) == (0, 1)

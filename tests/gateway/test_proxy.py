@@ -9,6 +9,7 @@ import json
 import pytest
 
 from nimhost.entities import ServedModel
+from nimhost.gateway.proxy import REFUSAL_LENGTH
 from nimhost.gateway.routes import build_table
 from nimhost.refs import Ref
 from tests.fakes.engine import FakeEngine, Faults
@@ -280,6 +281,14 @@ async def test_provider_that_refuses_our_key_is_502_without_the_key(
     assert b"canary" not in reply.raw
 
 
+async def test_a_key_is_not_shown_in_part_where_a_refusal_is_cut(door: Door, engine: FakeEngine) -> None:
+    door.route(engine_upstream(engine, policy="external", headers=(("Authorization", "Bearer sk-canary"),)))
+    for before in range(REFUSAL_LENGTH - 10, REFUSAL_LENGTH + 1):
+        engine.faults = Faults(status=401, body="x" * before + "sk-canary" * 2)
+        reply = await door.chat(b'{"model":"x"}')
+        assert reply.json()["detail"].partition("): ")[2] == ("x" * before + "******")[:REFUSAL_LENGTH]
+
+
 async def test_redirect_is_the_clients_business(door: Door, engine: FakeEngine) -> None:
     engine.faults = Faults(status=307, headers={"location": "http://elsewhere/"})
     reply = await door.chat(b'{"model":"x"}')
@@ -346,6 +355,7 @@ async def test_ready_says_where_and_404_otherwise(door: Door, engine: FakeEngine
     assert (unknown.status, unknown.json()["detail"]) == (404, "Model provider not found for default/nope")
     door.route(engine_upstream(engine, ready=False, message="starts"))
     waits = await door.ask("GET", f"{G}/default/provider/p/ready")
+    assert door.gateway.traffic.log.count == 0, "whoever waits for it asks again and again"
     assert waits.status == 404
     assert waits.json()["detail"].startswith("Provider not ready")
     door.route(engine_upstream(engine, proven=False, message="it refused the key (HTTP 401)"))

@@ -95,7 +95,13 @@ def test_an_engine_that_tells_without_end_is_cut_off() -> None:
     assert merge([(A, "\n".join(f'x{{n="{n}"}} 1' for n in range(MOST_SAMPLES + 5)))]).count("\n") == MOST_SAMPLES + 1
 
 
-def test_a_number_of_a_million_digits_is_soon_seen_to_be_none() -> None:
+@pytest.mark.parametrize(
+    ("begin", "again", "end"),
+    [("x ", "1", "y"), ('x{a="1"', " ", "1"), ("x{", " ", "1"), ('x{a="1",', " ", "1"), ('x{a="', "\\n", "1"),
+     ('x{a="1"', ',a="1"', "1"), ("x 1", " ", "y"), ("x 1 1", " ", "y"), ("x", " ", "y")],
+)  # fmt: skip
+def test_a_line_of_a_megabyte_is_soon_seen_to_be_no_sample(begin: str, again: str, end: str) -> None:
+    """Nobody else has a turn while it is looked at."""
     begun = time.thread_time()
-    assert merge([(A, f"x {'1' * 1_000_000}y")]) == ""
+    assert merge([(A, f"{begin}{again * (1_000_000 // len(again))}{end}")]) == ""
     assert time.thread_time() - begun < 1

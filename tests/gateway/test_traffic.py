@@ -265,8 +265,7 @@ async def test_the_log_does_not_show_the_bodies_of_another_request(engine: FakeE
 async def test_a_fault_of_ours_is_told_apart_from_a_client_that_left(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door.gateway, "_choose", None)
-    monkeypatch.setattr(door.gateway, "_standing", None)
+    monkeypatch.setattr(door.gateway, "_carry", None)
     assert (await door.ask("POST", OPENAI, QWEN)).status == 500
     (one,) = await logged(door)
     assert (one["status"], one["error"]) == (500, "internal_error")

@@ -150,6 +150,15 @@ async def test_what_claude_was_not_told_is_named(chatter: openai.AsyncOpenAI) ->
     assert raw.headers["request-id"] == "req_fake"
 
 
+async def test_a_field_with_an_odd_name_is_named_in_one_line(door: Door, engine: FakeEngine) -> None:
+    route_claude(door, engine)
+    body = {"model": "claude", "messages": HELLO, "x\r\nSet-Cookie: é": 1}
+    reply = await door.ask(
+        "POST", "/v1/chat/completions", json.dumps(body).encode(), ["Content-Type: application/json"]
+    )
+    assert (reply.status, reply.headers["x-nimhost-ignored"]) == (200, "x??Set-Cookie: ?")
+
+
 async def test_what_claude_cannot_do_is_refused_without_asking(chatter: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     with pytest.raises(openai.BadRequestError, match="n: this model gives one answer"):
         await chatter.chat.completions.create(model="claude", messages=HELLO, n=2)
