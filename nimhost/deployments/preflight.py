@@ -62,12 +62,14 @@ def check_wish(
 def _too_many(d: Desired, there: int, problem: str | None) -> BadRequest:
     has = f"{there} GPU{'' if there == 1 else 's'}" if there else "no GPU"
     why = f" that can be used: {problem}" if problem else ""
-    hint = "See what is there with: nimhost gpus" if there else "Deploy without one: --gpu 0"
+    said = f"executor_config.gpu: config '{d.entity.wish.config}' asks for {d.gpus}, this machine has {has}{why}."
+    return BadRequest(said, _fewer_gpus(there, problem))
+
+
+def _fewer_gpus(there: int, problem: str | None) -> str:
     if problem:
-        hint = "See what there is with: nimhost gpus, and nvidia-smi. To deploy without a GPU: --gpu 0"
-    return BadRequest(
-        f"executor_config.gpu: config '{d.entity.wish.config}' asks for {d.gpus}, this machine has {has}{why}.", hint
-    )
+        return "See what there is with: nimhost gpus, and nvidia-smi. To deploy without a GPU: --gpu 0"
+    return "See what is there with: nimhost gpus" if there else "Deploy without one: --gpu 0"
 
 
 def _large_share(d: Desired, totals_bytes: Sequence[int]) -> tuple[str, str] | None:
@@ -148,7 +150,8 @@ def blocked(d: Desired, observed: Observed) -> str | None:
     if wanted > there:
         short = f"there are {there}" if there else "there are none"
         why = f" ({observed.gpu_problem})" if observed.gpu_problem else ""
-        return f"Not enough GPUs on this system: {d.ref} needs {wanted}, {short}{why}."
+        said = f"Not enough GPUs on this system: {d.ref} needs {wanted}, {short}{why}."
+        return f"{said}\n{_fewer_gpus(there, observed.gpu_problem)}"
     if found := _large_share(d, [slot.total_bytes for slot in observed.gpus]):
         return "\n".join(found)
     if wanted and observed.gives_gpus is False:
