@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from tests.fakes.containers import FakeContainer, fake_image
-from tests.fakes.engine import FakeEngine
+from tests.fakes.engine import FakeEngine, Received, Reply
 from tests.support import eventually
 from tests.tiny import tiny_lora, tiny_model
 from tests.world import MODELS, World
@@ -114,6 +114,19 @@ class LoraWorld(World):
         """Directories of adapters that vLLMs see."""
         home = self.directory / "loras" / "default--base"
         return {path.name for path in home.iterdir()} if home.is_dir() else set()
+
+
+def count_looks(engine: FakeEngine) -> list[None]:
+    """Grows each time somebody asks the engine what it serves."""
+    looks: list[None] = []
+    models = engine.models
+
+    def watched(request: Received) -> Reply:
+        looks.append(None)
+        return models(request)
+
+    engine.scripted["/v1/models"] = watched
+    return looks
 
 
 def said(reply: httpx.Response) -> str:

@@ -20,8 +20,8 @@ import msgspec
 from msgspec import Struct
 
 from nimhost.deployments.desired import Desired
-from nimhost.deployments.observed import Health, Instance, Observed
-from nimhost.deployments.plan import Verdict
+from nimhost.deployments.observed import Health, Instance, Observed, url_of
+from nimhost.deployments.situation import Verdict
 from nimhost.engines.nim import MAX_LORA_RANK, PEFT_REFRESH_S
 from nimhost.engines.parallel import value_of
 from nimhost.engines.spec import ADAPTERS_DIR
@@ -246,7 +246,7 @@ def _engine(d: Desired, instance: Instance) -> Engine | None:
         container=instance.id,
         deployment=d.ref,
         kind=order.engine,
-        url=f"http://127.0.0.1:{instance.port}",
+        url=url_of(instance.port),
         model=order.model.ref,
         max_rank=_max_rank(d) if this else None,
         more_rank=_more_rank(d),

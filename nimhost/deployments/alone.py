@@ -58,9 +58,10 @@ def _backing_off(s: Situation) -> Verdict | None:  # 6
     if uncounted:
         return None
     when = datetime.fromtimestamp(s.run.retry_at, UTC).strftime("%H:%M:%SZ")
-    attempt = f"Trying again at {when} (attempt {s.run.attempts + 1})."
+    attempt = f"\nTrying again at {when} (attempt {s.run.attempts + 1})."
     action = removal(s.current, at_once=True)
-    return s.verdict("PENDING", f"{failure.message}\n{attempt}", action, wake_at=s.run.retry_at)
+    message = f"{failure.message[: MESSAGE_LIMIT - len(attempt)]}{attempt}"
+    return s.verdict("PENDING", message, action, wake_at=s.run.retry_at)
 
 
 def _exited(s: Situation) -> Verdict | None:  # 7
@@ -134,7 +135,7 @@ def _missing(s: Situation) -> Verdict | None:  # 9
 
 def _blocked(s: Situation) -> Verdict | None:  # 10
     why = blocked(s.desired, s.observed)
-    return s.verdict("ERROR", why[:MESSAGE_LIMIT], run=_out_of_queue(s)) if why else None
+    return s.verdict("ERROR", why, run=_out_of_queue(s)) if why else None
 
 
 def _out_of_queue(s: Situation) -> Run:
@@ -161,7 +162,7 @@ def _gpus_short(s: Situation) -> Verdict | None:  # 12
     run = s.run if s.run.waiting_since else replace(s.run, waiting_since=s.now)
     wake_at = s.now + REMEASURE_S if waits_for_memory(slots, need) else None
     message = waiting(slots, need, str(s.ahead) if s.ahead else None)
-    return s.verdict("PENDING", message[:MESSAGE_LIMIT], run=run, wake_at=wake_at)
+    return s.verdict("PENDING", message, run=run, wake_at=wake_at)
 
 
 def _start(s: Situation) -> Verdict:  # 13

@@ -23,6 +23,8 @@ STEADY_INTERVAL_S = 300.0
 RETRY_S = (2.0, 60.0)
 TIMEOUT_S = 15.0
 MOST_PAGES = 50
+MOST_BYTES = 2**24
+"""Of one page. What is longer is no list of models."""
 PAGE_SIZE = 1000
 """Asked for once a server has shown that it lists page by page: Anthropic, 20 models at a time by default."""
 _LOOP_DETECTED = 508
@@ -102,24 +104,38 @@ class Discovery:
             return ProviderStatus(status="ERROR", status_message=question.problem)
         try:
             status_code, listed = await self._list(question)
+        except TimeoutError:
+            said = f"{question.url} did not answer within {TIMEOUT_S:g} s"
+            return ProviderStatus(status="ERROR", status_message=said)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             return ProviderStatus(status="ERROR", status_message=f"Cannot reach {question.url}: {_why(error)}")
         return judge(question.provider, question.url, status_code, listed)
 
     async def _list(self, question: Question) -> tuple[int, list[ListedModel] | None]:
         """The status of the last reply, and what all of its pages list; None: it gives no list."""
-        client, listed = await self._http(), None
+        listed = None
         query: dict[str, str] | None = None
         for _ in range(MOST_PAGES):
-            reply = await client.get(question.url, params=query, headers=list(question.headers))
-            page = read_model_page(reply.content) if reply.status_code == 200 else None
+            status_code, body = await self._get(question, query)
+            page = read_model_page(body) if status_code == 200 else None
             if page is None:
                 break
             listed = [*(listed or ()), *page.models]
             if page.after is None:
                 break
             query = {"limit": str(PAGE_SIZE), "after_id": page.after}
-        return reply.status_code, listed
+        return status_code, listed
+
+    async def _get(self, question: Question, query: dict[str, str] | None) -> tuple[int, bytes]:
+        """Status and body of a reply; nothing of a body that is too long. Raises TimeoutError for one without end."""
+        client, body = await self._http(), bytearray()
+        ask = client.stream("GET", question.url, params=query, headers=list(question.headers))
+        async with asyncio.timeout(TIMEOUT_S), ask as reply:
+            async for chunk in reply.aiter_bytes():
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    return reply.status_code, b""
+        return reply.status_code, bytes(body)
 
     async def _http(self) -> httpx.AsyncClient:
         """Reaches what the gateway reaches: through no proxy of the environment, trusting whom the system trusts."""

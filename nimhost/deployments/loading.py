@@ -42,8 +42,8 @@ from nimhost.deployments.adapters import (
 )
 from nimhost.deployments.nim_directories import NimDirectories
 from nimhost.deployments.observed import Observed
-from nimhost.deployments.plan import Verdict
 from nimhost.deployments.probe import Prober
+from nimhost.deployments.situation import Verdict
 from nimhost.entities import Entity, Json
 from nimhost.errors import NimhostError
 from nimhost.host.threads import in_thread
@@ -59,8 +59,8 @@ NIM_LOOK_S = 2.0
 """A NIM that is to find something new is asked this often whether it has."""
 PATIENCE_S = 3.0
 """How long a request waits for its adapter to be loaded, or gone."""
-KINDS = frozenset({"adapters", "filesets", "models", "secrets"})
-"""A change of one of these may change an adapter."""
+KINDS = frozenset({"adapters", "filesets", "secrets"})
+"""A change of one of these may change an adapter, and so may one of its model."""
 
 
 class Loader:
@@ -91,13 +91,11 @@ class Loader:
         """By adapter or container; nothing is done for it before."""
         self._failures: dict[Ref | str, int] = {}
         """By adapter or container: in a row."""
-        self._said: dict[tuple[str, str, str], str] = {}
-        """Container, adapter, directory -> why that engine refused it."""
         self._routed = (-1, -1)
         self._loop: asyncio.Task[None] | None = None
         self._work: dict[Ref | str, asyncio.Task[None]] = {}
         """By adapter: its files are brought; by container: its engine is brought in step."""
-        self._calls = AdapterCalls()
+        self._calls = AdapterCalls(prober)
         self._nims = NimDirectories(copies.files, prober)
         self.revision = 0
         """Counts changes of what is to be shown or routed."""
@@ -119,13 +117,19 @@ class Loader:
 
     def wrote(self, written: Iterable[tuple[str, str, str]]) -> None:
         """Something (kind, workspace, name) was written."""
-        if any(kind in KINDS for kind, _, _ in written):
+        if any(self._may_matter(*thing) for thing in written):
             self.look_again()
+
+    def _may_matter(self, kind: str, workspace: str, name: str) -> bool:
+        """Of models only those that something takes adapters for: others are made by the thousand."""
+        if kind == "models":
+            return any(taker.model == (workspace, name) for taker in self._takers)
+        return kind in KINDS
 
     def look_again(self) -> None:
         """Files may have changed, or what kept an engine from loading them."""
         self._asked += 1
-        self._said.clear()
+        self._calls.forget_refusals()
         self._retry_at.clear()
         self._wake.set()
 
@@ -245,12 +249,12 @@ class Loader:
             stale = self._brought.get(w.ref) != self._asked or w.ref in self._retry_at
             if stale and self._may_begin(w.ref, now_s):
                 self._begin(w.ref, self._bring(w, self._asked))
+        for engine in map(self._current, self._engines):
+            steps = [step for step in self._steps(wanted, engine) if not isinstance(step, Wait)]
+            if (steps or self._calls.is_unlisted(engine)) and self._may_begin(engine.container, now_s):
+                self._begin(engine.container, self._carry_out(engine, steps))
         engines = tuple(map(self._current, self._engines))
         looking = await self._nims.fill(wanted, self._copies, self._takers, engines, self._silent)
-        for engine in engines:
-            steps = [step for step in self._steps(wanted, engine) if not isinstance(step, Wait)]
-            if steps and self._may_begin(engine.container, now_s):
-                self._begin(engine.container, self._carry_out(engine, steps))
         if self._whole and not self._work:
             await self._tidy(every)
         self._move()
@@ -269,24 +273,23 @@ class Loader:
         for kept in known:
             for key in kept.keys() - here:
                 del kept[key]
+        self._calls.forget_others(here)
         for key in self._work.keys() - here:
             self._work[key].cancel()
 
     def _begin(self, key: Ref | str, work: Coroutine[Any, Any, None]) -> None:
-        async def run() -> None:
-            try:
-                await work
-            except Exception:
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._work[key]
+            if not task.cancelled() and (error := task.exception()) is not None:
                 # It must neither end unheard nor begin again at once, whatever it was.
-                log.exception("adapters: %s", key)
+                log.error("adapters: %s", key, exc_info=error)
                 self._fail(key, None)
-            finally:
-                del self._work[key]
-                self._wake.set()
-                self._move()
+            self._wake.set()
+            self._move()
 
         self._retry_at.pop(key, None)
-        self._work[key] = asyncio.create_task(run(), name=f"adapters {key}")
+        self._work[key] = asyncio.create_task(work, name=f"adapters {key}")
+        self._work[key].add_done_callback(ended)  # also of one that is cancelled before it began
 
     def _fail(self, key: Ref | str, error: NimhostError | None) -> None:
         """It is tried again after a while."""
@@ -302,7 +305,7 @@ class Loader:
         """The difference, where an engine that refused a copy is not asked again."""
         steps: list[Step] = []
         for step in difference(wanted, self._copies, engine):
-            said = self._said.get((engine.container, step.name, step.directory)) if isinstance(step, Load) else None
+            said = self._calls.refusal(engine, step) if isinstance(step, Load) else None
             steps.append(Wait(step.name, said) if said else step)
         return steps
 
@@ -350,22 +353,11 @@ class Loader:
 
     # --- engines
 
-    async def _carry_out(self, engine: Engine, steps: Iterable[Step]) -> None:
-        before = self._failures.pop(engine.container, 0)
-        for step in steps:
-            try:
-                if isinstance(step, Load):
-                    await self._calls.load(engine, step)
-                elif isinstance(step, Unload):
-                    await self._calls.unload(engine, step.name)
-            except NimhostError as error:
-                log.warning("%s: adapter %s: %s", engine.deployment, step.name, error.message)
-                if error.final and isinstance(step, Load):
-                    self._said[engine.container, step.name, step.directory] = error.message
-                else:
-                    self._failures[engine.container] = before
-                    self._fail(engine.container, error)
-        await self._prober.relist(engine.container)
+    async def _carry_out(self, engine: Engine, steps: Iterable[Load | Unload]) -> None:
+        failures = self._failures.pop(engine.container, 0)
+        if not await self._calls.carry_out(engine, steps):
+            self._failures[engine.container] = failures
+            self._fail(engine.container, None)
         self._changed()
 
 

@@ -61,7 +61,9 @@ class NimDirectories:
         """The adapters of each NIM, asked anew while something is to be noticed."""
         if model not in self._awaited:
             return [set(engine.loaded) for engine in running]
-        return [set(loaded_in(await self._prober.relist(engine.container))) for engine in running]
+        for engine in running:
+            await self._prober.relist(engine.container)
+        return [set(loaded_in(self._prober.health(engine.container))) for engine in running]
 
     def _still_listed(self, model: Ref, served: Sequence[set[str]], there: Mapping[str, str]) -> set[str]:
         """What NIMs serve and do not see any more, whoever took it away: this daemon, or one that was killed then."""

@@ -59,18 +59,18 @@ class Prober:
     def health(self, key: str) -> Health:
         return self._health.get(key, Health())
 
-    async def relist(self, key: str) -> Health:
-        """Ask an engine anew what it serves: something has been loaded or unloaded. What it is now."""
-        target, health = self._tasks[key][0] if key in self._tasks else None, self.health(key)
-        if target is None or health.state != "ok":
-            return health
+    async def relist(self, key: str) -> Health | None:
+        """Ask an engine anew what it serves: something has been loaded or unloaded. None: it does not tell."""
+        target = self._tasks[key][0] if key in self._tasks else None
+        if target is None or self.health(key).state != "ok":
+            return None
         try:
-            listing = await self._http().get(target.url + target.probe.models_path)
-        except httpx.HTTPError:
-            return health  # the next probe says more
-        if listing.status_code == 200 and key in self._tasks and self.health(key).state == "ok":
-            self._tell(key, replace(self.health(key), **_served(listing)))
-        return self.health(key)
+            listing = await self._get(target.url + target.probe.models_path)
+        except (httpx.HTTPError, TimeoutError):
+            return None  # the next probe says more
+        if listing.status_code != 200 or key not in self._tasks or self.health(key).state != "ok":
+            return None
+        return self._tell(key, replace(self.health(key), **_served(listing)))
 
     async def close(self) -> None:
         tasks = [task for _, task in self._tasks.values()]
@@ -107,23 +107,25 @@ class Prober:
             self._on_change()
         return health
 
-    def _http(self) -> httpx.AsyncClient:
+    async def _get(self, url: str) -> httpx.Response:
+        """Raises TimeoutError for a reply that has no end, too."""
         if self._client is None:
             self._client = engine_client(TIMEOUT_S)
-        return self._client
+        async with asyncio.timeout(TIMEOUT_S):
+            return await self._client.get(url)
 
     async def _look(self, target: Target, known: Health | None) -> Health:
         """One probe: the health path, then the model list unless it is known. `known` itself, if it is still so."""
         try:
-            reply = await self._http().get(f"{target.url}/{target.probe.health_path.lstrip('/')}")
+            reply = await self._get(f"{target.url}/{target.probe.health_path.lstrip('/')}")
             if reply.status_code != 200:
                 return Health(state="starting", detail=f"{target.probe.health_path} answers {reply.status_code}")
             if known is not None:
                 return known
-            listing = await self._http().get(target.url + target.probe.models_path)
+            listing = await self._get(target.url + target.probe.models_path)
         except httpx.InvalidURL as error:
             return Health(state="starting", detail=f"{target.probe.health_path} is not a path: {error}")
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             return Health(state="starting", detail=_silence(error))
         served = _served(listing)
         missing = [name for name in target.probe.served_names if name not in served["models"]]
@@ -138,9 +140,9 @@ NOBODY_THERE = ("connection refused", "connection closed without an answer")
 """Details of a Health: nobody listens. Docker takes connections for a port on which nothing does, and closes them."""
 
 
-def _silence(error: httpx.HTTPError) -> str:
+def _silence(error: httpx.HTTPError | TimeoutError) -> str:
     """Why there was no answer."""
-    if isinstance(error, httpx.TimeoutException):
+    if isinstance(error, httpx.TimeoutException | TimeoutError):
         return f"no answer within {TIMEOUT_S:g} s"
     refused, closed = NOBODY_THERE
     return refused if isinstance(error, httpx.ConnectError) else closed

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,9 +22,10 @@ from nimhost.deployments.desired import Desired, Find, join, join_previous
 from nimhost.deployments.execute import Executor
 from nimhost.deployments.observe import Observer
 from nimhost.deployments.observed import Observed
-from nimhost.deployments.plan import Verdict, orphans, plan
+from nimhost.deployments.plan import orphans, plan
 from nimhost.deployments.publish import forget, publish
 from nimhost.deployments.retry import Limits, after_error
+from nimhost.deployments.situation import Verdict
 from nimhost.engines.order import HostFacts
 from nimhost.entities import Deployment, DeploymentConfig, DeploymentStatus, Entity
 from nimhost.errors import Conflict, DockerUnavailable, NimhostError, NotFound
@@ -39,6 +41,8 @@ EPOCH, UNOWNED = "epoch", "unowned"
 
 RESYNC_S = 60.0
 """A tick at least this often, in case an event was lost."""
+TICKS_AT_ONCE, WITHIN_S = 20, 0.4
+"""More ticks in that time are put together into one: it costs as much for one change as for a thousand."""
 AFTER_ERROR_S = 5.0
 RECONNECT_S = (0.5, 5.0)
 """First and longest pause between two tries to reach Docker."""
@@ -71,6 +75,11 @@ class Reconciler:
         self._sweeping: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
         self._unowned: frozenset[str] = frozenset()
+        self._began: deque[float] = deque(maxlen=TICKS_AT_ONCE)
+        """When the last ticks began: `time.monotonic()`."""
+        self._away: Observed | None = None
+        """The last look, if Docker did not answer."""
+        self._ask_docker_at = 0.0
         self.problem: str | None = None
         """Why the loop does not get on, for `/status`; None while it does."""
 
@@ -92,6 +101,7 @@ class Reconciler:
 
     async def _loop(self) -> None:
         while True:
+            await self._rest()
             self._wake.clear()
             try:
                 pause_s = await self._tick()
@@ -105,13 +115,18 @@ class Reconciler:
                 async with asyncio.timeout(pause_s):
                     await self._wake.wait()
 
+    async def _rest(self) -> None:
+        if len(self._began) == TICKS_AT_ONCE:
+            await asyncio.sleep(self._began[0] + WITHIN_S - time.monotonic())
+        self._began.append(time.monotonic())
+
     async def _tick(self) -> float:
         """One round; how long to sleep at most."""
         async with self._recording:
             # Before the reading: an action that ends meanwhile counts as in flight still, never as nothing at all.
             in_flight = {key: action for key, (action, _) in self._in_flight.items()}
             desired = await self.read_desired()
-            observed = await self._observer.read(desired)
+            observed = await self._look(desired)
             await self._remember_unowned()
             now_s = time.time()
             verdicts = plan(desired, observed, in_flight, now_s, self._limits)
@@ -124,7 +139,17 @@ class Reconciler:
             self._sweep([i.id for i in observed.instances if i.id in lost and i.ref not in kept])
         await self._on_tick(verdicts, observed)  # and again with the rows as they are now
         times = [v.wake_at for v in verdicts if v.wake_at is not None] + list(self._not_before.values())
-        return max(0.05, min([RESYNC_S, *(at - now_s for at in times if at > now_s)]))
+        longest_s = RESYNC_S if observed.docker_problem is None else RECONNECT_S[1]
+        return max(0.05, min([longest_s, *(at - now_s for at in times if at > now_s)]))
+
+    async def _look(self, desired: tuple[Desired, ...]) -> Observed:
+        """Docker that did not answer is left alone for a moment, unless it is heard of: others wake the loop, too."""
+        if self._away is not None and time.monotonic() < self._ask_docker_at:
+            return self._away
+        self._ask_docker_at = time.monotonic() + RECONNECT_S[0]
+        observed = await self._observer.read(desired)
+        self._away = None if observed.docker_problem is None else observed
+        return observed
 
     async def _remember_unowned(self) -> None:
         """Containers that a restored database cannot know stay untouched after the next start, too."""
@@ -191,24 +216,33 @@ class Reconciler:
                 self._not_before.pop(key, None)
                 task = asyncio.create_task(self._carry_out(v, v.action), name=f"{v.action} {v.desired.ref}")
                 self._in_flight[key] = (v.action, task)
+                task.add_done_callback(lambda _: self._landed(key))  # also of one that is cancelled before it began
+
+    def _landed(self, key: str) -> None:
+        del self._in_flight[key]
+        self.wake()
 
     async def _carry_out(self, v: Verdict, action: Action) -> None:
         d = v.desired
         try:
+            if (error := await self._attempt(d, action)) is not None:
+                await self._count_failure(d, action, error)
+        except NimhostError as error:  # the store's: a full disk, a database that is locked for a moment
+            log.warning("%s: what became of %s is not stored: %s", d.ref, type(action).__name__, error.message)
+            self._not_before[d.entity.id] = time.time() + AFTER_ERROR_S
+
+    async def _attempt(self, d: Desired, action: Action) -> NimhostError | None:
+        """Carries it out; what went wrong."""
+        try:
             await self._perform(d, action)
-        except DockerUnavailable:
-            log.info("%s: Docker went away during %s", d.ref, type(action).__name__)
-            self._not_before[d.entity.id] = time.time() + RECONNECT_S[0]  # it may answer all else
         except NimhostError as error:
-            log.warning("%s: %s", d.ref, error.message)
-            await self._count_failure(d, action, error)
+            log.warning("%s: %s: %s", d.ref, type(action).__name__, error.message)
+            return error
         except Exception:
             # An action must end in an outcome whatever happens in it, or its deployment would hang for ever.
             log.exception("%s: %s failed", d.ref, type(action).__name__)
-            await self._count_failure(d, action, NimhostError("An unexpected error occurred; see the daemon's log."))
-        finally:
-            del self._in_flight[d.entity.id]
-            self.wake()
+            return NimhostError("An unexpected error occurred; see the daemon's log.")
+        return None
 
     async def _perform(self, d: Desired, action: Action) -> None:
         match action:
@@ -264,9 +298,10 @@ class Reconciler:
                 await self._store.set_status(entity, replace(entity.status, run=run))
 
     async def _count_failure(self, d: Desired, action: Action, error: NimhostError) -> None:
-        """Prepare and Start count; what removes is simply tried again."""
-        if not isinstance(action, Prepare | Start):
-            self._not_before[d.entity.id] = time.time() + AFTER_ERROR_S
+        """Prepare and Start count, unless it was Docker that went away; what removes is simply tried again."""
+        if isinstance(error, DockerUnavailable) or not isinstance(action, Prepare | Start):
+            pause_s = RECONNECT_S[0] if isinstance(error, DockerUnavailable) else AFTER_ERROR_S
+            self._not_before[d.entity.id] = time.time() + pause_s  # Docker may answer all else
             return
         async with self._recording:
             entity = await self._current(d)
@@ -305,7 +340,7 @@ class Reconciler:
             try:
                 async with contextlib.aclosing(self._containers.events()) as events:
                     async for _ in events:
-                        pause_s = RECONNECT_S[0]
+                        pause_s, self._ask_docker_at = RECONNECT_S[0], 0.0
                         self.wake()
             except NimhostError as error:
                 if not isinstance(error, DockerUnavailable):

@@ -88,7 +88,7 @@ def _gone_back(s: Situation, new: Verdict) -> Verdict:  # b
         half = MESSAGE_LIMIT // 2 - 50
         message = f"{new.message[:half]}\nThe previous version failed, too: {kept.message[:half]}"
     return replace(
-        new, status=kept.status, message=message[:MESSAGE_LIMIT], run=run, instance=kept.instance,
+        new, status=kept.status, message=message, run=run, instance=kept.instance,
         action=new.action or kept.action, wake_at=kept.wake_at, update="failed",
     )  # fmt: skip
 
@@ -119,6 +119,8 @@ def _beside(s: Situation, new: Verdict) -> Verdict:  # d
         update = None if s.run.previous is None else "rolling"
         return replace(new, run=run if s.run.previous else new.run, update=update)
     kept = _kept_up(s)
+    if kept is None or kept.status == "ERROR":  # neither version has a use for what was kept
+        new = replace(new, run=replace(new.run, replaced_at=0.0, kept_gpus=()))
     if kept is None:
         return new
     run = replace(new.run, previous=replace(kept.run, waiting_since=0.0))
@@ -127,7 +129,7 @@ def _beside(s: Situation, new: Verdict) -> Verdict:  # d
     if kept.status == "READY":
         message = f"{PREVIOUS} while the new one starts. {new.message}"
     return replace(
-        new, status="READY" if kept.status == "READY" else "PENDING", message=message[:MESSAGE_LIMIT], run=run,
+        new, status="READY" if kept.status == "READY" else "PENDING", message=message, run=run,
         instance=kept.instance, action=kept.action or new.action, wake_at=wake_at, update="rolling",
     )  # fmt: skip
 

@@ -138,14 +138,17 @@ class Specs:
             fileset = await self._store.find("filesets", *where)
             async with self._room:
                 return None, await self._describe(model, fileset)
+        except NimhostError as error:
+            log.info("spec of model %s: %s", model.ref, error.message)
+            failure = error
         except Exception as error:
-            # Not only what we know of: who dies here leaves a model without a spec and without a word.
-            failure = error if isinstance(error, NimhostError) else HostError(f"Reading it failed: {error!r}"[:500])
-            log.info("spec of model %s: %s", model.ref, failure.message, exc_info=failure is not error)
-            for thing in _needed(where, fileset):
-                self._failed.setdefault(thing, set()).add(Ref(model.workspace, model.name))
-            message = f"{failure.message.rstrip('.')}. {failure.hint or ''}".strip()
-            return failure, not_described(model, message, final=failure.final)
+            # Checkpoints come from anywhere: who dies of one leaves a model without a spec and without a word.
+            log.exception("spec of model %s", model.ref)
+            failure = HostError(f"Reading it failed: {error!r}"[:500])
+        for thing in _needed(where, fileset):
+            self._failed.setdefault(thing, set()).add(Ref(model.workspace, model.name))
+        message = f"{failure.message.rstrip('.')}. {failure.hint or ''}".strip()
+        return failure, not_described(model, message, final=failure.final)
 
     async def _describe(self, model: Entity, fileset: Entity | None) -> ModelStatus:
         if fileset is None:

@@ -11,10 +11,10 @@ from nimhost.engines.order import HostFacts, Order, cache_name, image_of, mounts
 from nimhost.engines.parallel import nim_split
 from nimhost.engines.spec import ADAPTERS_DIR, FILES_DIR, ContainerSpec, Mount, Probe
 from nimhost.engines.vllm import run_as
+from nimhost.refs import NGC_KEY
 
 MULTI_LLM = "llm-nim"
 CACHE_DIR = "/opt/nim/.cache"
-NGC_KEY = "system/ngc-api-key"
 PEFT_REFRESH_S = 30
 MAX_LORA_RANK = 32
 """What a NIM takes unless it is told otherwise."""
@@ -40,7 +40,7 @@ def nim(order: Order, host: HostFacts) -> ContainerSpec:
         image=image,
         args=tuple(order.executor.additional_args),
         env=env,
-        secret_env={} if "NGC_API_KEY" in env else {"NGC_API_KEY": NGC_KEY},
+        secret_env={} if "NGC_API_KEY" in env else {"NGC_API_KEY": str(NGC_KEY)},
         mounts=mounts_of(order, host, cache),
         files=files,
         probe=Probe(

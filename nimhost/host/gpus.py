@@ -108,20 +108,6 @@ def _is(gpu: Gpu, device: str) -> bool:
     return device == str(gpu.index) if device.isdigit() else gpu.uuid.startswith(device)
 
 
-class LimitedGpus:
-    """Only some of the GPUs, as `[gpus] devices` says."""
-
-    def __init__(self, gpus: Gpus, devices: Iterable[str | int]) -> None:
-        self._gpus = gpus
-        self._devices = tuple(devices)
-
-    async def read(self) -> GpuFacts:
-        return limited(await self._gpus.read(), self._devices)
-
-    async def close(self) -> None:
-        await self._gpus.close()
-
-
 # --- simulated -----------------------------------------------------------------------------------------------------
 
 
@@ -350,8 +336,9 @@ def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
 def _process(pid: int, used_bytes: int) -> GpuProcess:
     name = user = container_id = ""
     with contextlib.suppress(OSError, KeyError):  # it ended, is hidden from us, or its user has no name
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-        container_id = container_of(Path(f"/proc/{pid}/cgroup").read_text())
+        # Linux cuts names at 15 bytes, if need be in the middle of a letter.
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+        container_id = container_of(Path(f"/proc/{pid}/cgroup").read_text(errors="replace"))
         uid = os.stat(f"/proc/{pid}").st_uid
         user = str(uid)
         user = pwd.getpwuid(uid).pw_name

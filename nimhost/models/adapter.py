@@ -179,8 +179,8 @@ def _misshapen(tensors: Mapping[str, Tensor], config: Json, base: Base) -> Flaw 
             return Flaw(message=f"{module} has rank {size} in {SAFETENSORS}, but {CONFIG} says {rank}", missing=True)
     if base.spec is None:
         return None
-    shape = _Shape(base.spec)
-    problem = next((p for module, side, tensor in found if (p := shape.problem(module, side, tensor))), None)
+    modules = _Modules(base.spec)
+    problem = next((p for module, side, tensor in found if (p := modules.problem(module, side, tensor))), None)
     return Flaw(message=f"it is not for {base.name}: {problem}") if problem else None
 
 
@@ -190,7 +190,7 @@ def _matrices(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]
             yield match["module"], match["side"], tensor
 
 
-class _Shape:
+class _Modules:
     """What a model has to put adapters on."""
 
     def __init__(self, spec: ModelSpec) -> None:

@@ -65,8 +65,8 @@ def readable(entity: Entity | None) -> Entity | None:
 
 def _text(entity: Entity, value: Struct) -> str:
     """Raises HostError for what could not be read again: nothing else has checked the types of its fields."""
-    text = msgspec.json.encode(value)
     try:
+        text = msgspec.json.encode(value)
         msgspec.json.decode(text, type=type(value))
     except ValueError as error:
         raise HostError(

@@ -9,8 +9,9 @@ from msgspec.structs import replace
 from nimhost.deployments.actions import Action
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import GpuSlot, Health, Instance, Located, Observed
-from nimhost.deployments.plan import Verdict, plan
+from nimhost.deployments.plan import plan
 from nimhost.deployments.retry import Limits
+from nimhost.deployments.situation import Verdict
 from nimhost.deployments.storage import LocalWeights
 from nimhost.engines.order import Order
 from nimhost.entities import Deployment, DeploymentStatus, DeployModelSpec, Entity, ExecutorConfig

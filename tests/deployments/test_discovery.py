@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from nimhost.deployments import discovery as asking
+from nimhost.deployments import probe as probing_module
 from nimhost.deployments.discovery import Discovery, Question, judge
 from nimhost.deployments.model_list import read_model_list
 from nimhost.deployments.probe import Prober, Target
@@ -36,13 +38,6 @@ def test_a_model_list_is_read_with_what_vllm_says_about_adapters() -> None:
     listed = read_model_list(LIST)
     assert listed is not None
     assert [(model.id, model.parent, model.root) for model in listed] == [("one", None, None), ("w--a", "one", "/l")]
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await Store.open(tmp_path / "nimhost.db")
-    yield store
-    await store.close()
 
 
 async def provider_in(store: Store) -> Entity:
@@ -132,6 +127,63 @@ async def test_an_engine_that_says_nothing_is_told_by_how(
     prober = probing(answer, monkeypatch)
     await eventually(lambda: prober.health("c1").detail == said)
     await prober.close()
+
+
+@asynccontextmanager
+async def talking_on(piece: bytes) -> AsyncIterator[str]:
+    """The address of a server whose replies never end."""
+
+    talks = set[asyncio.Task[None] | None]()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        talks.add(asyncio.current_task())
+        with suppress(OSError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            while not writer.is_closing():
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+    async with await asyncio.start_server(talk, "127.0.0.1") as server:
+        host, port = server.sockets[0].getsockname()
+        yield f"http://{host}:{port}"
+        await asyncio.gather(*filter(None, talks))  # all clients have left
+
+
+@pytest.mark.fault(28)
+async def test_an_engine_whose_health_has_no_end_has_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing_module, "TIMEOUT_S", 0.3)
+    async with talking_on(b": ping\n\n") as url:
+        prober = Prober(lambda: None)
+        prober.watch({"c1": Target(url=url, probe=Probe(health_path="/events"))})
+        await eventually(lambda: prober.health("c1").detail == "no answer within 0.3 s")
+        await prober.close()
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize(
+    ("piece", "status", "said"),
+    [(b": ping\n\n", "ERROR", "did not answer within 0.5 s"), (b"x" * 2**20, "READY", "routing disabled")],
+)
+async def test_a_provider_whose_list_has_no_end_is_not_listened_to_for_ever(
+    store: Store, piece: bytes, status: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(asking, "MOST_BYTES", 2**22)
+    async with talking_on(piece) as url:
+        async with store.transaction() as tx:
+            provider = await tx.insert("providers", "default", "up", Provider(host_url=url))
+        discovery = Discovery(store, lambda: None)
+        discovery.watch([Question(provider=provider)])
+
+        async def found() -> bool:
+            now = (await store.get("providers", "default", "up")).status
+            return now.status == status and said in now.status_message
+
+        await eventually(found)
+        await discovery.close()
 
 
 @pytest.mark.fault(24)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
@@ -15,13 +13,6 @@ from nimhost.entities import Entity, Provider
 from nimhost.store import Store
 from tests.fakes.engine import FakeEngine, Received, Reply
 from tests.support import eventually
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await Store.open(tmp_path / "nimhost.db")
-    yield store
-    await store.close()
 
 
 async def found_out(store: Store, url: str) -> Entity:

@@ -113,11 +113,12 @@ def test_a_14b_on_one_of_24_gib_is_refused_and_on_two_it_fits() -> None:
 
 def test_a_70b_on_one_of_80_gib_is_refused_with_what_would_fit() -> None:
     fits, _, needed, said = plan(public.LLAMA_70B, (80,))
-    assert (fits, needed) == (False, 4)
+    assert (fits, needed) == (False, 3)
     assert "weights 131.4" in said
     assert "KV cache for 131072 tokens 40.0" in said
     assert "of 80.0 GiB it may use 73.6" in said
-    assert "It takes 4 GPUs of 80 GiB, or 2 with a context of 149" in said
+    takes = "It takes 3 GPUs of 80 GiB (--gpu 3 --arg --pipeline-parallel-size --arg 3), or 2 with a context of 149"
+    assert takes in said
     assert ", or a version of the model in 4 bits (about 41" in said
     assert "--force" in said
     assert plan(public.LLAMA_70B, (80,) * 4, "--max-model-len", "8192", gpu=2)[0]
@@ -162,6 +163,15 @@ def test_the_change_that_makes_it_fit_does(config: Any, gib: Any, options: Any, 
 )
 def test_what_cannot_be_split_inside_its_layers_is_split_by_layers(options: Any, args: Any, way: str) -> None:
     assert f"It fits with {way}." in plan(public.LLAMA_70B, (80, 80, 80), *args, **options)[3]
+
+
+def test_a_split_by_layers_counts_among_the_gpus_that_it_takes() -> None:
+    needed = plan(public.LLAMA_70B, (80,))[2]
+    assert needed == 3
+    assert plan(public.LLAMA_70B, (80,) * needed, "--pipeline-parallel-size", "3", gpu=needed)[0]
+    assert not plan(public.LLAMA_70B, (80, 80), "--pipeline-parallel-size", "2", gpu=2)[0]
+    assert plan(public.LLAMA_70B, (80,), "--tensor-parallel-size", "1")[2] is None
+    assert plan(public.QWEN3_14B, (24,))[2] == 2
 
 
 def test_a_split_by_layers_that_is_advised_is_not_refused() -> None:

@@ -140,6 +140,7 @@ async def test_nobody_waits_behind_an_engine_that_is_loading(tmp_path: Path) -> 
 
 
 @pytest.mark.fault(9)
+@pytest.mark.usefixtures("attentive")
 async def test_a_container_that_lost_its_gpu_is_made_anew_at_once(tmp_path: Path) -> None:
     """After `systemctl daemon-reload` on the host; the host's GPU is fine."""
     patient = Deployments(restart_backoff_s=0.05, unhealthy_restart_s=3600)
@@ -158,6 +159,7 @@ async def test_a_container_that_lost_its_gpu_is_made_anew_at_once(tmp_path: Path
 
 
 @pytest.mark.fault(9)
+@pytest.mark.usefixtures("attentive")
 async def test_a_gpu_that_left_the_machine_is_said(tmp_path: Path) -> None:
     quick = Deployments(restart_backoff_s=0.05, unhealthy_restart_s=0.2)
     async with World(tmp_path, gpus=1, deployments=quick) as world:

@@ -15,7 +15,7 @@ from nimhost.config import Weights as WeightsSettings
 from nimhost.deployments import loading, roll
 from tests.fakes.engine import Faults, Received, Reply
 from tests.fakes.hub import FakeHub
-from tests.loras import ADAPTERS, FILESETS, GATEWAY, LoraWorld, change_config, config_of, said
+from tests.loras import ADAPTERS, FILESETS, GATEWAY, LoraWorld, change_config, config_of, count_looks, said
 from tests.support import eventually
 from tests.tiny import tiny_lora
 from tests.world import MODELS
@@ -118,6 +118,7 @@ async def test_disabled_it_is_unknown_and_enabled_it_is_back(world: LoraWorld) -
     assert NAME in said(await world.chat(NAME))
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_deleted_it_is_unloaded_before_its_files_go(world: LoraWorld) -> None:
     await world.serve()
     await world.register()
@@ -181,6 +182,7 @@ async def test_files_that_are_uploaded_later_are_noticed(world: LoraWorld) -> No
 # --- what waits ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_while_it_is_loaded_requests_are_asked_to_come_again(world: LoraWorld) -> None:
     await world.serve()
     world.engine().faults = Faults(lora_status=503)
@@ -374,6 +376,7 @@ async def test_an_adapter_on_a_hub_is_fetched_checked_and_loaded(online: LoraWor
     assert hub.sent_bytes("checkpoint-10/optimizer.pt") == 0
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_hub_that_is_down_delays_an_adapter_and_does_not_refuse_it(online: LoraWorld, hub: FakeHub) -> None:
     await online.serve()
     await from_hub(online, "org/lora")
@@ -401,7 +404,10 @@ async def test_a_wrong_adapter_on_a_hub_is_refused_before_it_is_fetched(online: 
 # --- NIM -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_nim_finds_adapters_in_its_directory_and_loses_them(world: LoraWorld) -> None:
+async def test_a_nim_finds_adapters_in_its_directory_and_loses_them(
+    world: LoraWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "NIM_LOOK_S", 0.1)
     await world.serve(engine="nim")
     await world.register()
     home = world.directory / "loras" / "nim" / "default--base"
@@ -430,18 +436,10 @@ async def test_a_nim_forgets_the_former_version_before_it_finds_the_next(
     home = world.directory / "loras" / "nim" / "default--base"
     before = (home / NAME / "adapter_model.safetensors").read_bytes()
     engine = world.engine()
-    asked = 0
-    models = engine.models
-
-    def watched(request: Received) -> Reply:
-        nonlocal asked
-        asked += 1
-        return models(request)
-
-    engine.scripted["/v1/models"] = watched
+    looks = count_looks(engine)
     engine.peft_refresh_s = 60
     await world.change(fileset="other-lora")
-    await eventually(lambda: asked > 3, 20)
+    await eventually(lambda: len(looks) > 3, 20)
     assert list(home.iterdir()) == [], "it would not notice that another version is there"
     engine.peft_refresh_s = 0.1
 
@@ -469,7 +467,7 @@ async def test_what_an_engine_has_loaded_stays_while_its_deployment_takes_no_ada
     never.mkdir()
     world.daemon.loader.look_again()
     await eventually(lambda: not never.exists())
-    assert world.copies() == {loaded}
+    await eventually(lambda: world.copies() == {loaded})  # what is removed is put aside first
     assert world.engine().adapters == {NAME: f"/loras/{loaded}"}
 
 

@@ -15,11 +15,11 @@ from nimhost.deployments import execute, loading
 from nimhost.deployments.adapter_copies import AdapterCopies
 from nimhost.deployments.adapters import RETRY_MAX_S, RETRY_S, retry_pause_s
 from nimhost.deployments.loading import Loader
-from nimhost.errors import BadRequest, HubUnavailable, WeightsMissing
+from nimhost.errors import BadRequest, DiskFull, HubUnavailable, WeightsMissing
 from nimhost.host.adapter_files import AdapterFiles
 from nimhost.refs import Ref
 from tests.fakes.engine import Faults, Received, Reply
-from tests.loras import ADAPTERS, LoraWorld, change_config, config_of
+from tests.loras import ADAPTERS, LoraWorld, change_config, config_of, count_looks
 from tests.support import eventually
 from tests.tiny import tiny_lora, tiny_model
 from tests.world import MODELS
@@ -50,6 +50,19 @@ async def rounds_end(loader: Loader) -> float:
     return await loader._round()
 
 
+def busy_hub(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """It wants to be left alone for an hour; grows each time it is asked for an adapter."""
+    tries: list[None] = []
+
+    async def busy(self: AdapterCopies, *_: Any) -> None:
+        tries.append(None)
+        raise HubUnavailable("the hub answers 429", None, 3600.0)
+
+    monkeypatch.setattr(AdapterCopies, "bring", busy)
+    return tries
+
+
+@pytest.mark.usefixtures("impatient")
 async def test_after_an_engine_that_failed_for_a_moment_it_rests(world: LoraWorld) -> None:
     await world.serve()
     world.engine().faults = Faults(lora_status=503)
@@ -59,6 +72,7 @@ async def test_after_an_engine_that_failed_for_a_moment_it_rests(world: LoraWorl
     assert await rounds_end(world.daemon.loader) > RETRY_S
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_nothing_is_left_to_wait_for_once_the_adapter_that_failed_is_gone(world: LoraWorld) -> None:
     await world.serve()
     world.engine().faults = Faults(lora_status=503)
@@ -69,6 +83,7 @@ async def test_nothing_is_left_to_wait_for_once_the_adapter_that_failed_is_gone(
     assert await rounds_end(loader) > RETRY_S
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_surprise_is_not_tried_again_at_once(world: LoraWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     await world.serve()
     tries = 0
@@ -96,22 +111,15 @@ async def test_a_hub_that_asked_for_patience_is_left_alone_when_files_are_looked
     world: LoraWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.serve()
-    tries = 0
-
-    async def busy(self: AdapterCopies, *_: Any) -> None:
-        nonlocal tries
-        tries += 1
-        raise HubUnavailable("the hub answers 429", None, 3600.0)
-
-    monkeypatch.setattr(AdapterCopies, "bring", busy)
+    tries = busy_hub(monkeypatch)
     await world.register()
     loader = world.daemon.loader
-    await eventually(lambda: tries > 0 and not loader._work)
-    before = tries
+    await eventually(lambda: tries and not loader._work)
+    before = len(tries)
     loader._looked_at = -1e9
     await loader._round()
     await eventually(lambda: not loader._work)
-    assert tries == before
+    assert len(tries) == before
     assert 3000 < loader._retry_at[MATH] - asyncio.get_running_loop().time() <= 3600
 
 
@@ -156,20 +164,108 @@ async def test_a_daemon_killed_before_a_nim_forgot_the_former_version_still_wait
     await world.change(fileset="other-lora")
     await eventually(lambda: list(home.iterdir()) == [], 15)
     await world.stop()
-    asked, models = 0, engine.models
-
-    def watched(request: Received) -> Reply:
-        nonlocal asked
-        asked += 1
-        return models(request)
-
-    engine.scripted["/v1/models"] = watched
+    looks = count_looks(engine)
     await world.start()
-    await eventually(lambda: asked > 5, 20)
+    await eventually(lambda: len(looks) > 5, 20)
     assert list(home.iterdir()) == []
     engine.peft_refresh_s = 0.1
     await eventually(lambda: [path.name for path in home.iterdir()] == [NAME], 20)
     await world.loaded(timeout_s=15)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_engine_that_does_not_unload_is_told_again_after_a_while(world: LoraWorld) -> None:
+    await world.serve()
+    await world.register()
+    engine = world.engine()
+    told = 0
+
+    def refuse(_: Received) -> Reply:
+        nonlocal told
+        told += 1
+        return Reply(500, {"error": {"message": "engine busy"}})
+
+    engine.scripted["/v1/unload_lora_adapter"] = refuse
+    assert (await world.http.delete(f"{ADAPTERS}/math")).status_code == 204
+    assert (0 < told <= 3, len(world.copies())) == (True, 1), "the engine still has it loaded"
+    del engine.scripted["/v1/unload_lora_adapter"]
+    await eventually(lambda: engine.adapters == {} and world.copies() == set(), 15)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_engine_that_only_says_that_it_has_loaded_is_told_again_after_a_while(world: LoraWorld) -> None:
+    await world.serve()
+    told = 0
+
+    def pretend(_: Received) -> Reply:
+        nonlocal told
+        told += 1
+        return Reply(200, b"Success")
+
+    world.engine().scripted["/v1/load_lora_adapter"] = pretend
+    made = await world.register()
+    assert (made["loaded_on"], 0 < told <= 3) == ([], True), told
+    del world.engine().scripted["/v1/load_lora_adapter"]
+    await world.loaded(timeout_s=15)
+
+
+@pytest.mark.fault(32)
+async def test_what_an_engine_loaded_and_could_not_tell_is_unloaded_all_the_same(world: LoraWorld) -> None:
+    """Deleted before anybody saw that it was loaded: the files must not go while the engine has it."""
+    await world.serve()
+    engine = world.engine()
+    models, mute = engine.models, True
+    engine.scripted["/v1/models"] = lambda request: Reply(500, {}) if mute else models(request)
+    registering = asyncio.create_task(world.register())
+    await eventually(lambda: NAME in engine.adapters)
+    assert (await world.http.delete(f"{ADAPTERS}/math")).status_code == 204
+    await registering
+    mute = False
+    await eventually(lambda: engine.adapters == {} and world.copies() == set(), 15)
+
+
+@pytest.mark.fault(14)
+async def test_models_that_others_make_do_not_have_a_hub_asked_again(
+    world: LoraWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.serve()
+    tries = busy_hub(monkeypatch)
+    await world.register()
+    before = len(tries)
+    for number in range(5):
+        await world.post(f"{MODELS}/models", {"name": f"other-{number}"})
+    await rounds_end(world.daemon.loader)
+    assert len(tries) == before
+    assert (await world.http.patch(f"{MODELS}/models/base", json={"description": "of the adapter"})).status_code == 200
+    await eventually(lambda: len(tries) > before)
+
+
+@pytest.mark.fault(17)
+async def test_a_disk_that_is_full_for_nims_holds_up_no_other_engine(
+    world: LoraWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskFull("The disk that holds the adapters is full.")
+
+    await world.serve()
+    await world.serve("nim", engine="nim")
+    monkeypatch.setattr(AdapterFiles, "show", full)
+    await world.register()
+    await eventually(lambda: any(NAME in e.adapters for e in world.engines.values() if e.lora), 10)
+
+
+async def test_work_that_is_given_up_before_it_began_can_begin_again(world: LoraWorld) -> None:
+    await world.serve()
+    loader, began = world.daemon.loader, asyncio.Event()
+
+    async def work() -> None:
+        began.set()
+
+    loader._begin(MATH, work())
+    loader._work[MATH].cancel()
+    await eventually(lambda: not loader._work)
+    loader._begin(MATH, work())
+    await asyncio.wait_for(began.wait(), 5)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

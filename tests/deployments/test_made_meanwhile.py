@@ -33,14 +33,14 @@ async def test_a_model_whose_deployment_is_made_during_a_look_waits_and_is_not_u
         world.daemon.reconciler.wake()
         await looking.wait()
         tables = []
-        route = world.daemon._route
+        route = world.daemon.router.route
 
         async def routed(verdicts: Any) -> Any:
             found = await route(verdicts)
             tables.append(world.daemon.gateway.table)
             return found
 
-        monkeypatch.setattr(world.daemon, "_route", routed)
+        monkeypatch.setattr(world.daemon.router, "route", routed)
         await world.deploy("two")
         held.set()
         await world.wait("two", "READY")

@@ -12,6 +12,7 @@ from tests.support import eventually
 from tests.world import MODELS, World
 
 
+@pytest.mark.usefixtures("attentive")
 @pytest.mark.parametrize("was_ready", [False, True])
 async def test_that_nobody_listens_is_a_fault_only_of_an_engine_that_did(tmp_path: Path, was_ready: bool) -> None:
     async with World(tmp_path) as world:

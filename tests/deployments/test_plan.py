@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from nimhost.deployments.actions import Cancel, Forget, Halt, Prepare, Remove, Start
 from nimhost.deployments.plan import orphans, plan
+from nimhost.deployments.retry import MESSAGE_LIMIT
 from nimhost.refs import Ref
 from nimhost.runs import Failure, Run
 from tests.deployments.make import HASH, LIMITS, NOW, again, decide, gpus, instance, machine, wanted
@@ -123,6 +124,16 @@ def test_a_crash_is_counted_once_and_retried_after_a_backoff() -> None:
     waiting = decide(d, machine())
     assert (waiting.status, waiting.action, waiting.run.attempts) == ("PENDING", None, 1)
     assert isinstance(decide(d, machine(), now=NOW + 3).action, Start)
+
+
+def test_a_long_story_leaves_room_for_when_it_is_tried_again() -> None:
+    """Clients of the reference take no message of more than 1000 characters."""
+    failure = Failure(message="x" * MESSAGE_LIMIT, final=False)
+    verdict = decide(wanted(run=run(attempts=1, retry_at=NOW + 2, failure=failure)), machine())
+    assert len(verdict.message) <= MESSAGE_LIMIT
+    assert "Trying again at" in verdict.message
+    told = decide(wanted(problem="x" * 2 * MESSAGE_LIMIT), machine())
+    assert len(told.message) == MESSAGE_LIMIT
 
 
 def test_an_exit_with_code_0_is_a_crash_too() -> None:
@@ -271,6 +282,19 @@ def test_who_cannot_start_at_all_keeps_nobody_waiting() -> None:
     first, second = plan([big, wanted("b", created=2)], machine(gpus=gpus(None)), {}, NOW, LIMITS)
     assert (first.status, first.run.waiting_since) == ("ERROR", 0.0)
     assert second.action == Start(("GPU-0",), HASH)
+
+
+@pytest.mark.parametrize("wish", [{"deleting": True}, {"desired": "stopped"}])
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_who_leaves_keeps_no_place_in_the_queue_and_no_gpus(wish: dict[str, object], in_flight: bool) -> None:
+    """Its engine may take long to end, or not end at all; whoever comes before or after it in the queue."""
+    leaving = wanted("d", gpus=2, run=run(waiting_since=5.0, kept_gpus=("GPU-1",), replaced_at=5.0), **wish)
+    others = [wanted(name, created=9, run=run(waiting_since=since)) for name, since in (("a", 1.0), ("b", 0.0))]
+    there = machine(instance(gpu_ids=("GPU-0",)), gpus=gpus("default/d", None, None))
+    doing = {"id-d": Remove(("container-d",))} if in_flight else {}
+    verdicts = {v.desired.ref.name: v for v in plan([leaving, *others], there, doing, NOW, LIMITS)}
+    assert (verdicts["d"].run.waiting_since, verdicts["d"].run.kept_gpus) == (0.0, ())
+    assert [verdicts[name].action for name in "ab"] == [Start(("GPU-1",), HASH), Start(("GPU-2",), HASH)]
 
 
 def test_a_deployment_without_gpus_does_not_queue_for_them() -> None:

@@ -13,8 +13,9 @@ from msgspec.structs import replace
 from nimhost.deployments.actions import Action, Cancel, Forget, Halt, Prepare, Remove, Start
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import GpuSlot, Health, Instance, Observed, Share
-from nimhost.deployments.plan import Verdict, plan
+from nimhost.deployments.plan import plan
 from nimhost.deployments.retry import after_error
+from nimhost.deployments.situation import Verdict
 from nimhost.entities import DeploymentStatus
 from nimhost.errors import DockerError
 from nimhost.models.memory import GIB
@@ -303,7 +304,7 @@ class Machine:
 @pytest.mark.fault(7)
 @pytest.mark.fault(20)
 @pytest.mark.fault(21)
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", [*range(150), 2492, 4438, 8586])  # the last ones failed once, of thousands
 def test_no_order_of_events_overbooks_a_gpu_or_leaves_anything_behind(seed: int) -> None:
     world = Machine(seed)
     for _ in range(200):
@@ -322,8 +323,8 @@ def _check_idle(world: Machine) -> None:
     assert [v.wake_at for v in verdicts.values() if v.wake_at is not None] == []
     assert [n for n, v in verdicts.items() if v.run.kept_gpus] == []
     free = sum(slot.holder is None and not slot.shares for slot in world.slots())
-    queue = sorted((v.run.waiting_since, _sought(v).gpus) for v in verdicts.values() if v.run.waiting_since)
-    assert not queue or queue[0][1] > free, ("nobody is served", queue, free)
+    queue = sorted((v.run.waiting_since, n, _sought(v).gpus) for n, v in verdicts.items() if v.run.waiting_since)
+    assert not queue or queue[0][2] > free, ("nobody is served", queue, free)
 
 
 def _sought(v: Verdict) -> Desired:

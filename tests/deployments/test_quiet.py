@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from nimhost.errors import DockerUnavailable
+from nimhost.deployments import reconciler
+from nimhost.deployments.situation import Verdict
+from nimhost.entities import Model
+from nimhost.errors import DiskFull, DockerUnavailable, RegistryUnavailable
 from tests.support import eventually
 from tests.test_unreadable import damage
 from tests.world import IMAGE, MODELS, World
@@ -99,3 +104,103 @@ async def test_a_config_whose_last_rows_go_while_the_wishes_are_read_is_missing_
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     async with World(tmp_path) as world:
         yield world
+
+
+@pytest.mark.fault(17)
+@pytest.mark.fault(38)
+async def test_a_failure_that_cannot_be_stored_is_not_met_again_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One disk for everything, and it is full."""
+
+    async def full(*_: object) -> bool:
+        raise DiskFull("The disk that holds nimhost's database is full.")
+
+    world.docker.pull_error = DiskFull("No space left in /var/lib/docker.")
+    world.docker.registry["other:1"] = world.docker.images[IMAGE]
+    monkeypatch.setattr(reconciler, "AFTER_ERROR_S", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.daemon.store, "set_status", full)
+        await world.deploy("one", image="other:1")
+        await eventually(lambda: world.docker.calls.count("pull") == 2, 5)
+    world.docker.pull_error = None
+    await world.wait("one", "READY")
+    assert world.docker.calls.count("pull") < 6
+
+
+@pytest.mark.fault(21)
+async def test_a_docker_that_fails_to_answer_once_is_asked_again_soon(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its events go on: nothing tells that it is well again."""
+    monkeypatch.setattr(reconciler, "RECONNECT_S", (0.1, 0.3))
+    await world.deploy("one")
+    await world.wait("one", "READY")
+    with monkeypatch.context() as patch:
+
+        async def busy() -> object:
+            raise DockerUnavailable("Docker does not answer")
+
+        patch.setattr(world.docker, "list", busy)
+        world.daemon.reconciler.wake()
+        await world.wait("one", "UNKNOWN")
+    await world.wait("one", "READY")
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_changes_that_come_fast_are_looked_at_together(
+    world: World, away: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if away:
+        world.docker.away = True
+        await eventually(lambda: world.daemon.reconciler._away is not None)
+    rounds: list[None] = []
+    look = world.daemon.loader._round
+
+    async def round_() -> float:
+        rounds.append(None)
+        return await look()
+
+    monkeypatch.setattr(world.daemon.loader, "_round", round_)
+    ticks, asked = count_ticks(world, monkeypatch), world.docker.calls.count("list")
+    began_s = time.monotonic()
+    for number in range(1000):
+        async with world.daemon.store.transaction() as tx:
+            await tx.insert("models", "default", f"m{number}", Model())
+    await eventually(lambda: len(world.daemon.gateway.table.known) >= 1000)
+    took_s = time.monotonic() - began_s
+    together = reconciler.TICKS_AT_ONCE * (took_s / reconciler.WITHIN_S + 1)
+    assert len(ticks) <= together
+    assert rounds == [], "nothing takes adapters for these"
+    if away:
+        assert world.docker.calls.count("list") - asked <= took_s / reconciler.RECONNECT_S[0] + 1
+    world.docker.away = False
+    await world.deploy("one")
+    await world.wait("one", "READY")
+
+
+@pytest.mark.fault(2)
+async def test_an_error_that_names_an_odd_file_holds_up_nobody(world: World) -> None:
+    world.docker.registry["other:1"] = world.docker.images[IMAGE]
+    world.docker.pull_error = RegistryUnavailable(os.fsdecode(b"no caf\xe9 there"))
+    await world.deploy("one", image="other:1")
+    await world.wait("one", "ERROR", "no caf? there")
+    await world.deploy("two")
+    await world.wait("two", "READY")
+    assert world.docker.calls.count("pull") == world.settings.deployments.restart_limit
+
+
+async def test_a_download_that_is_cancelled_before_it_began_is_over(world: World) -> None:
+    world.docker.registry["other:1"] = world.docker.images[IMAGE]
+    reconciler_ = world.daemon.reconciler
+    launch = reconciler_._launch
+
+    def launch_and_cancel(verdict: Verdict, now_s: float) -> None:
+        launch(verdict, now_s)
+        for _, task in reconciler_._in_flight.values():
+            task.cancel()
+        reconciler_._launch = launch  # type: ignore[method-assign]
+
+    reconciler_._launch = launch_and_cancel  # type: ignore[method-assign]
+    await world.deploy("one", image="other:1")
+    await world.wait("one", "READY")

@@ -9,9 +9,10 @@ from nimhost.deployments.actions import Action, Cancel, Halt, Prepare, Remove, S
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import GpuSlot, Instance, Observed, Share
 from nimhost.deployments.placement import reserved
-from nimhost.deployments.plan import Verdict, plan
+from nimhost.deployments.plan import plan
 from nimhost.deployments.publish import provider_status
 from nimhost.deployments.routing import route_table
+from nimhost.deployments.situation import Verdict
 from nimhost.engines.order import ModelOrder
 from nimhost.entities import Entity, Provider, ProviderStatus, ServedModel
 from nimhost.models.memory import GIB

@@ -11,20 +11,8 @@ from nimhost.deployments.observed import GpuSlot, Instance, Share
 from nimhost.deployments.plan import plan
 from nimhost.deployments.roll import ADAPTERS_S
 from nimhost.runs import Failure, Run
-from tests.deployments.make import (
-    HASH,
-    LIMITS,
-    NOW,
-    OLD,
-    again,
-    decide,
-    gpus,
-    instance,
-    machine,
-    rolling,
-    wanted,
-    was_ready,
-)
+from tests.deployments import make
+from tests.deployments.make import HASH, LIMITS, NOW, OLD, again, decide, gpus, instance, machine, rolling, wanted
 
 FREE = gpus("default/d", None)
 FAILED = Failure(message="Container exited with code 3.", final=True)
@@ -42,14 +30,14 @@ def test_a_stop_or_a_deletion_while_something_is_in_flight_is_not_called_ready(
 
 @pytest.mark.parametrize("in_flight", [Prepare(True, True, HASH), Start(("GPU-1",), HASH)])
 def test_the_old_wish_again_while_the_new_version_is_brought_leaves_no_gap(in_flight: Action) -> None:
-    d = wanted(hash=OLD, run=Run(spec_hash=HASH, previous=was_ready()), status="READY")
+    d = wanted(hash=OLD, run=Run(spec_hash=HASH, previous=make.was_ready()), status="READY")
     verdict = decide(d, machine(instance(id="old", hash=OLD), gpus=FREE), in_flight)
     assert (verdict.status, verdict.instance and verdict.instance.id) == ("READY", "old")
     assert verdict.action == (Cancel() if isinstance(in_flight, Prepare) else None)
 
 
 def test_who_has_given_up_keeps_no_gpus_from_others() -> None:
-    broken = was_ready(attempts=3, failure=Failure(message="Image image:0 is gone.", final=True))
+    broken = make.was_ready(attempts=3, failure=Failure(message="Image image:0 is gone.", final=True))
     d = rolling(before=broken, run=Run(spec_hash=HASH, failure=FAILED, replaced_at=NOW - 60, kept_gpus=("GPU-0",)))
     nothing = machine(gpus=gpus(None))
     first, waiter = plan([d, wanted("a", created=1)], nothing, {}, NOW, LIMITS)
@@ -59,7 +47,7 @@ def test_who_has_given_up_keeps_no_gpus_from_others() -> None:
 
 def test_who_was_passed_over_for_kept_gpus_has_its_turn_as_soon_as_they_are_free() -> None:
     """The status that frees them is no event, and nothing else may happen for long."""
-    broken = was_ready(attempts=3, failure=Failure(message="Image image:0 is gone.", final=True))
+    broken = make.was_ready(attempts=3, failure=Failure(message="Image image:0 is gone.", final=True))
     d = rolling(before=broken, run=Run(spec_hash=HASH, failure=FAILED, replaced_at=NOW - 60, kept_gpus=("GPU-0",)))
     waiter = wanted("a", run=Run(spec_hash=HASH, waiting_since=1.0))
     nothing = machine(gpus=gpus(None))
@@ -68,6 +56,30 @@ def test_who_was_passed_over_for_kept_gpus_has_its_turn_as_soon_as_they_are_free
     assert freeing.wake_at is not None
     assert freeing.wake_at < NOW + 1
     started, _ = plan([again(waiter, passed), again(d, freeing)], nothing, {}, NOW, LIMITS)
+    assert started.action == Start(("GPU-0",), HASH)
+
+
+BROKEN = Failure(message="Image image:0 is gone.", final=True)
+NEVER_BACK = {
+    "it failed for good": rolling(gpus=2, before=make.was_ready(attempts=3, failure=BROKEN)),
+    "nobody knows what it was": replace(rolling(gpus=2), previous=None),
+}
+
+
+@pytest.mark.parametrize("case", NEVER_BACK)
+def test_a_wish_for_more_gpus_keeps_none_when_the_old_version_never_comes_back(case: str) -> None:
+    """It would keep an idle GPU from others for as long as it waits."""
+    d = NEVER_BACK[case]
+    kept = replace(d.status.run, kept_gpus=("GPU-0",), waiting_since=NOW - 5)
+    d = replace(d, entity=replace(d.entity, status=replace(d.status, run=kept)))
+    waiting, other = plan(
+        [d, wanted("a", created=9, run=Run(spec_hash=HASH, waiting_since=NOW - 9))],
+        machine(gpus=gpus(None, "default/x")), {}, NOW, LIMITS,
+    )[::-1]  # fmt: skip
+    assert (waiting.status, waiting.run.kept_gpus) == ("PENDING", ())
+    assert "needs 2" in waiting.message
+    there = machine(gpus=gpus(None, "default/x"))
+    started, _ = plan([again(other.desired, other), again(d, waiting)], there, {}, NOW, LIMITS)
     assert started.action == Start(("GPU-0",), HASH)
 
 
@@ -84,7 +96,7 @@ def test_the_old_wish_again_while_the_old_version_drains_keeps_no_gpu_that_it_do
 
 def test_the_old_wish_again_after_the_old_version_is_gone_waits_behind_nobody_for_what_is_kept_for_it() -> None:
     """Else both wait for ever: the one for its turn, the other for the GPU."""
-    gone = Run(spec_hash=HASH, previous=was_ready(), replaced_at=NOW - 5, kept_gpus=("GPU-0",))
+    gone = Run(spec_hash=HASH, previous=make.was_ready(), replaced_at=NOW - 5, kept_gpus=("GPU-0",))
     back = wanted(hash=OLD, run=gone, status="PENDING")
     waiter = wanted("a", run=Run(spec_hash=HASH, waiting_since=1.0))
     first, second = plan([waiter, back], machine(gpus=gpus(None)), {}, NOW, LIMITS)
@@ -96,7 +108,7 @@ def test_two_rolls_that_want_the_same_free_gpu_do_not_take_turns_for_ever() -> N
     slots = gpus("default/a", "default/b", None)
     there = machine(*(instance(n, id=f"old-{n}", hash=OLD, gpu_ids=(f"GPU-{i}",)) for i, n in enumerate("ab")),
                     gpus=slots)  # fmt: skip
-    wishes: list[Desired] = [rolling(n, gpus=2, before=was_ready(ready_container=f"old-{n}")) for n in "ab"]
+    wishes: list[Desired] = [rolling(n, gpus=2, before=make.was_ready(ready_container=f"old-{n}")) for n in "ab"]
     seen = []
     for tick in range(8):
         verdicts = {v.desired.ref: v for v in plan(wishes, there, {}, NOW + tick / 20, LIMITS)}
