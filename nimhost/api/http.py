@@ -134,11 +134,14 @@ class JsonReply(Response):
 
 
 class EndlessReply(StreamingResponse):
-    """What comes as it comes: the daemon does not wait for its end when it stops."""
+    """What comes as it comes: when the daemon stops, that is its end."""
+
+    endless = True
+    """False: it has an end of its own, which the daemon waits for."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def marking(message: Message) -> None:
-            await send({**message, ENDLESS: True} if message["type"] == "http.response.start" else message)
+            await send({**message, ENDLESS: self.endless} if message["type"] == "http.response.start" else message)
 
         await super().__call__(scope, receive, marking)
 

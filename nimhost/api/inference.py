@@ -55,8 +55,9 @@ class Inference:
     async def logs(self, request: Request) -> Response:
         deployment = await self._named(request, "deployments")
         tail = query_int(request, "tail", -1, low=0) if "tail" in request.query_params else None
-        lines = self._parts.host.logs(deployment, tail, query_flag(request, "follow"))
-        return await stream_reply(lines, "text/plain; charset=utf-8")
+        follow = query_flag(request, "follow")
+        lines = self._parts.host.logs(deployment, tail, follow)
+        return await stream_reply(lines, "text/plain; charset=utf-8", endless=follow)
 
     async def progress(self, request: Request) -> Response:
         """A snapshot, or with `follow=true` (or `Accept: text/event-stream`) one event now and one at every change."""
@@ -205,8 +206,11 @@ def _served(model: ServedModel, provider: Entity) -> ServedModel:
 _GONE = {"status": "DELETED", "status_message": "", "desired": "stopped", "update": None, "progress": None}
 
 
-async def stream_reply(chunks: AsyncIterator[bytes], media_type: str) -> Response:
-    """`chunks` as a reply. What goes wrong before the first of them is raised, so that it becomes an error reply."""
+async def stream_reply(chunks: AsyncIterator[bytes], media_type: str, *, endless: bool = True) -> Response:
+    """`chunks` as a reply. What goes wrong before the first of them is raised, so that it becomes an error reply.
+
+    `endless`: as in EndlessReply; also for what tells itself when it is whole.
+    """
     first = asyncio.ensure_future(anext(chunks, None))
     try:
         await asyncio.wait({first}, timeout=FIRST_BYTE_WAIT_S)
@@ -215,7 +219,9 @@ async def stream_reply(chunks: AsyncIterator[bytes], media_type: str) -> Respons
         raise
     if first.done():
         first.result()
-    return BegunReply(first, chunks, media_type)
+    reply = BegunReply(first, chunks, media_type)
+    reply.endless = endless
+    return reply
 
 
 class BegunReply(EndlessReply):

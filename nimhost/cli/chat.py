@@ -153,11 +153,16 @@ def find_target(client: Client, model: str | None, provider: str | None) -> Chat
     workspace, slash, _ = (model or "").partition("/")
     try:
         where = workspace if slash else client.workspace
-        deployments, providers = client.deployments.list(workspace=where), client.providers.list(workspace=where)
+        found = _rows(client, where)
     except (NotFound, InvalidRequest):  # `meta/llama`: not a workspace, so it may be a vendor's name for a model
         where = client.workspace
-        deployments, providers = client.deployments.list(), client.providers.list()
-    return choose(model, provider, where, deployments, providers)
+        found = _rows(client, where)
+    return choose(model, provider, where, *found)
+
+
+def _rows(client: Client, workspace: str) -> list[Sequence[Any]]:
+    """Its deployments, providers and adapters."""
+    return [kind.list(workspace=workspace) for kind in (client.deployments, client.providers, client.adapters)]
 
 
 def one_shot(talk: Talk, messages: Messages, thinking: bool) -> None:

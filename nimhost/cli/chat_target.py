@@ -18,16 +18,22 @@ class ChatTarget(NamedTuple):
 
 
 def choose(
-    text: str | None, provider: str | None, workspace: str, deployments: Sequence[Any], providers: Sequence[Any]
+    text: str | None,
+    provider: str | None,
+    workspace: str,
+    deployments: Sequence[Any],
+    providers: Sequence[Any],
+    adapters: Sequence[Any] = (),
 ) -> ChatTarget:
-    """First match wins; `deployments` and `providers` are those of the workspace.
+    """First match wins; `deployments`, `providers` and `adapters` are those of the workspace.
 
     1 no model: the only one that is ready (at that provider)
     2 a provider is named → that provider, the model verbatim
     3 the name of a deployment → the model it serves
     4 a model entity that a provider serves → that entity
     5 what a provider itself calls a model → that provider
-    6 an adapter of the workspace by its own name, also behind that of its model (`base--math`) → that adapter
+    6 an adapter of the workspace by its own name, also behind that of its model (`base--math`) → that adapter, served
+      or not: the gateway says why not
     7 what was deployed under the slug of that name → the model it serves
     8 anything else: an entity that the gateway may know
 
@@ -47,9 +53,11 @@ def choose(
     for owner, model in served:  # 5
         if model["served_model_name"] == text:
             return ChatTarget(text, owner["name"], owner["workspace"])
-    adapter = f"{workspace}--{own.rpartition('--')[2]}"
-    if any(s["served_model_name"] == adapter for _, s in served):  # 6
-        return ChatTarget(adapter, None, workspace)
+    for adapter in adapters:  # 6
+        model_workspace, _, model = adapter["model"].partition("/")
+        name = adapter["name"]
+        if own in (name, f"{workspace}--{name}", f"{model}--{name}"):
+            return ChatTarget(f"{workspace}--{name}", None, model_workspace)
     if "/" in text and slug(text) in by_name:  # 7
         return _served_by(by_name[slug(text)], providers)
     return ChatTarget(text, None, workspace)  # 8

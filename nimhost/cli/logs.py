@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 import click
 
-from nimhost.cli.options import address_options, complete_deployment, open_client
+from nimhost.cli.options import address_options, complete_deployment, open_client, stopped_error
+from nimhost.errors import UpstreamError
+
+if TYPE_CHECKING:
+    from nimhost.client import Client
 
 
 @click.command()
@@ -22,6 +27,20 @@ def logs(name: str, follow: bool, tail: int | None) -> None:
       nimhost logs qwen-qwen3-1-7b
       nimhost logs qwen-qwen3-1-7b --tail 50 -f
     """
-    with open_client() as client, closing(client.deployments.logs(name, follow=follow, tail=tail)) as pieces:
-        for text in pieces:
-            click.echo(text, nl=False)
+    with open_client() as client:
+        with closing(client.deployments.logs(name, follow=follow, tail=tail)) as pieces:
+            for text in pieces:
+                click.echo(text, nl=False)
+        if follow and not _is_there(client):
+            raise stopped_error(client)
+
+
+def _is_there(client: Client) -> bool:
+    """Whether the daemon is: logs end with their engine, too."""
+    from nimhost.client.wire import Request
+
+    try:
+        client.send(Request(path="/health/live"))
+    except UpstreamError:
+        return False
+    return True

@@ -12,7 +12,7 @@ import click
 
 from nimhost.cli.output import FORMATS
 from nimhost.client import settings as client_settings
-from nimhost.errors import ConfigError, NimhostError, NotFound
+from nimhost.errors import ConfigError, NimhostError, NotFound, Unreachable
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -116,6 +116,13 @@ def open_client(timeout_s: float = 60.0) -> Client:
 
     chosen = settings()
     return Client(chosen.base_url, chosen.workspace, chosen.access_token, timeout_s=timeout_s)
+
+
+def stopped_error(client: Client) -> NimhostError:
+    """What to raise when what has no end of its own ended: the daemon did."""
+    return Unreachable(
+        f"nimhost at {client.base_url} has stopped.", "Engines go on without it. Start it with: nimhost serve"
+    )
 
 
 def complete_names(*kinds: str) -> Callable[[click.Context, click.Parameter, str], Sequence[CompletionItem]]:

@@ -21,6 +21,7 @@ from nimhost.cli.options import (
     output_format,
     retyped,
     settings,
+    stopped_error,
 )
 from nimhost.cli.output import FORMATS, clean, print_table, print_value
 
@@ -70,7 +71,7 @@ def requests(follow: bool, limit: int, model: str | None, provider: str | None, 
             stream: Any = client.stream(asked, Records)
             with closing(stream) as records:
                 _print_as_they_come(records)
-            return
+            raise stopped_error(client)
         found = client.send(Request(path=PATH, query=query))
     wanted = output_format(*FORMATS)
     if wanted != "table":

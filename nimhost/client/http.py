@@ -17,7 +17,7 @@ from nimhost.client.resources import Resources
 from nimhost.client.settings import is_loopback
 from nimhost.client.streams import MakeDecoder
 from nimhost.client.wire import Done, Flow, Pause, Request, Step, advance, begin, decode, error_from
-from nimhost.errors import BadRequest, NimhostError, Unreachable, UpstreamError, UpstreamTimeout
+from nimhost.errors import BadRequest, ConfigError, NimhostError, Unreachable, UpstreamError, UpstreamTimeout
 
 CONNECT_TIMEOUT_S = 5.0
 UPLOAD_PIECE_BYTES = 1 << 20
@@ -38,14 +38,20 @@ class _Client(Resources):
         timeout_s: float = 60.0,
         transport: Any = None,
     ) -> None:
-        """`transport`: one of httpx's, instead of the network."""
+        """`transport`: one of httpx's, instead of the network. Raises ConfigError."""
         flags = {"base_url": base_url, "workspace": workspace, "access_token": access_token}
         settings = client_settings.load(flags)
         self.base_url = settings.base_url
         self._timeout_s = timeout_s
         self._token = settings.access_token
         super().__init__(settings.workspace)
-        self._http = self._http_class(**self._options(), transport=transport)
+        try:
+            self._http = self._http_class(**self._options(), transport=transport)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(
+                f"A proxy of the environment cannot be used: {error}",
+                "See ALL_PROXY, HTTP_PROXY and HTTPS_PROXY, and the same in small letters: http:// and https:// work.",
+            ) from None
 
     def _options(self) -> dict[str, Any]:
         headers = {"user-agent": f"nimhost/{nimhost.__version__}"}

@@ -5,19 +5,24 @@ A body is scanned once: the same members that tell the model are put together ag
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import NamedTuple
 
 import msgspec
 from msgspec import Raw
 
-from nimhost.errors import BadRequest
+from nimhost.errors import BadRequest, BodyTooLarge
 from nimhost.gateway.routes import Target
 
 JSON_NEEDED = "The body must be a JSON object or a form; other bodies go to the route of a model or a provider."
 MAX_MODEL_BYTES = 1024
 MOST_PARTS = 1000
 """Of a form: so many are looked at. 50 MB could be three million."""
+MOST_MEMBERS = 1000
+"""Of a JSON body, at its top level: 50 MB could be six million, and the loop would stand still for seconds."""
+COUNTED_BYTES = 65_536
+"""From here on members are counted; a shorter body is read within a millisecond or two, whatever is in it."""
 LOOKED_AT_BYTES = 4096
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that others wrote."""
@@ -31,6 +36,12 @@ _encode = msgspec.json.Encoder().encode
 _MODEL_HEAD = b'\r\nContent-Disposition: form-data; name="model"\r\n\r\n'
 _BOUNDARY = re.compile(rb'boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.IGNORECASE)
 _MODEL_PART = re.compile(rb'content-disposition:[^\r\n]*;\s*name="?model"?\s*(?:[;\r]|$)', re.IGNORECASE)
+
+
+class _Name(str):
+    """Of a member that was counted."""
+
+    __slots__ = ()
 
 
 class PlainBody(NamedTuple):
@@ -91,9 +102,9 @@ class FormBody(NamedTuple):
 
 
 def read_json(body: bytes) -> JsonBody:
-    """Raises BadRequest if it is no JSON object."""
+    """Raises BadRequest if it is no JSON object, BodyTooLarge if it has too many members."""
     try:
-        return JsonBody(body, _members.decode(body), None)
+        return JsonBody(body, _read_members(body), None)
     except UNREADABLE as error:
         raise unreadable(error) from None
 
@@ -118,9 +129,9 @@ def name_within(raw: bytes) -> str:
 
 
 def read_model(body: bytes) -> JsonBody:
-    """A JSON body that names its model. Raises BadRequest."""
+    """A JSON body that names its model. Raises BadRequest; BodyTooLarge if it has too many members."""
     try:
-        members = _members.decode(body)
+        members = _read_members(body)
         model = _name.decode(members["model"])
     except KeyError:
         raise BadRequest("Could not extract model from openai request: 'model'", _MODEL_NEEDED) from None
@@ -131,6 +142,23 @@ def read_model(body: bytes) -> JsonBody:
     if not model:
         raise BadRequest(_EMPTY, _MODEL_NEEDED)
     return JsonBody(body, members, model)
+
+
+def _read_members(body: bytes) -> dict[str, Raw]:
+    """Raises UNREADABLE; BodyTooLarge at the first member that is too many, so that the rest is not even read."""
+    if len(body) < COUNTED_BYTES:
+        return _members.decode(body)
+    numbers = itertools.count(1)
+
+    def count(kind: type[_Name], name: str) -> _Name:
+        if next(numbers) > MOST_MEMBERS:
+            raise BodyTooLarge(
+                f"The body has more than {MOST_MEMBERS:,} fields at its top level.", "Put them into fewer objects."
+            )
+        return kind(name)
+
+    members: dict[str, Raw] = msgspec.json.Decoder(dict[_Name, Raw], dec_hook=count).decode(body)  # type: ignore[assignment]
+    return members
 
 
 def unreadable(error: Exception) -> BadRequest:

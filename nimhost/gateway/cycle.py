@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 DIRECT = "nimhost.direct"
 """Where the scope's extensions have the cycle, for whoever need not go through `receive` and `send`."""
 ENDLESS = "nimhost.endless"
-"""In the message that begins a reply: it has no end of its own, and the server does not wait for it."""
+"""In the message that begins a reply: it has no end of its own, and is ended when the server stops."""
 READ_AHEAD_BYTES = 65_536
 """So much of a body is kept for an application that does not read it yet."""
 _GONE = {"type": "http.disconnect"}
@@ -72,7 +72,7 @@ class Cycle:
         self.broken_off = False
         """It is left without its end, and whoever did that has said so."""
         self.endless = False
-        """It is to be broken off when the server ends."""
+        """It is to be ended when the server stops."""
         self._pieces: list[bytes] = []
         self._size_bytes = 0
         self._news = self._chunked = self._bodiless = False
@@ -227,8 +227,11 @@ class Cycle:
         self._tell()
         self._connection.completed(self)
 
-    def break_off(self) -> None:
+    def end_early(self) -> None:
+        """What was said so far is all of it, and the client is told that this is the end."""
         if self.task and not self.complete:
+            self.keep_alive = False
+            self.write(b"", False)
             self.task.cancel()
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
@@ -241,7 +244,7 @@ class Cycle:
             self.flush_soon()
             self.endless = message.get(ENDLESS, False)
             if self.endless and self._connection.ending:
-                self.break_off()
+                self._connection.loop.call_soon(self.end_early)
         elif wait := self.write(message.get("body", b""), message.get("more_body", False)):
             await wait
 

@@ -32,9 +32,7 @@ LINGER_S = 10.0
 """So long is a body read on that was answered before it was complete: closing at once could lose the answer."""
 REPLY_STUCK_S = 300.0
 """So long may a client leave a full buffer unread."""
-_METHODS: dict[bytes, str] = {
-    method.encode(): method for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-}
+_METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")}
 _VERSIONS = frozenset({"1.1", "1.0"})
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 
@@ -119,10 +117,10 @@ class ClientConnection(asyncio.Protocol):
             self._impatience = self.loop.call_later(REPLY_STUCK_S, self.transport.abort)
 
     def shutdown(self) -> None:
-        """The server is about to end: replies under way may, and those that have no end are broken off."""
+        """The server is about to end: replies under way may, and those that have no end of their own are ended."""
         self.ending = True
         if self._running and self._running.endless:
-            self._running.break_off()
+            self._running.end_early()
         if self._cycle is None or self._cycle.complete:
             self.close()
         else:
@@ -310,6 +308,8 @@ class ClientConnection(asyncio.Protocol):
         elif self._in_body and not self._pipeline:
             self._disarm()
             self._arm(LINGER_S, self.close)
+            if not cycle.keep_alive:
+                self.transport.write_eof()  # who reads to the end need not wait for ours
         elif not cycle.keep_alive:
             self.close()
         elif self._refusal:

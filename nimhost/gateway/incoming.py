@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from nimhost.errors import BadRequest, NimhostError, NotFound
+from nimhost.errors import BadRequest, BodyTooLarge, NotFound
 from nimhost.gateway.bodies import (
     FormBody,
     JsonBody,
@@ -41,7 +41,7 @@ async def read_with_model(caller: Caller) -> JsonBody | FormBody:
 async def read_for_model(caller: Caller) -> AnyBody:
     """Of a request whose model its path tells: JSON and forms are told it, anything else goes on as it comes.
 
-    Raises BadRequest for broken JSON.
+    Raises BadRequest for broken JSON, BodyTooLarge.
     """
     kind = caller.fields.get(b"content-type", b"").lower()
     if _is_form(kind):
@@ -52,6 +52,8 @@ async def read_for_model(caller: Caller) -> AnyBody:
     body = await _read(caller)
     try:
         return read_json(body) if body else PlainBody(body)
+    except BodyTooLarge:
+        raise
     except BadRequest:
         if is_json:
             raise
@@ -60,13 +62,17 @@ async def read_for_model(caller: Caller) -> AnyBody:
 
 async def read_for_provider(caller: Caller, route: Route, *, may_stream: bool) -> AnyBody:
     """As it came, streamed if it comes in pieces; read whole only if there is something to look for. `may_stream`: what
-    is asked for has to be known."""
+    is asked for has to be known.
+
+    Raises BodyTooLarge for what should be looked at and is too much to."""
     absent = route.upstream.absent
     if (route.merges or may_stream or absent) and b"json" in caller.fields.get(b"content-type", b"json"):
         body = await _read(caller)
         try:
             read = read_json(body)
-        except NimhostError:
+        except BodyTooLarge:
+            raise
+        except BadRequest:
             return PlainBody(body)
         if absent:
             route.check_adapter(name_in(read))

@@ -231,7 +231,9 @@ class RouteTable(Struct, frozen=True, kw_only=True, eq=False):
             self._check_workspace(ref.workspace)
         except NotFound as error:
             return error
-        near = _did_you_mean(ref.name, (str(other) for other in {**self.models, **self.waiting}))
+        names = {**self.models, **self.waiting, **self.idle_adapters}
+        adapter = Ref(ref.workspace, f"{ref.workspace}--{ref.name}")
+        near = f"Did you mean {adapter}?" if adapter in names else _did_you_mean(ref.name, map(str, names))
         return NotFound(f"Model entity not found for {ref}", near or _SEE_MODELS)
 
     def _check_workspace(self, workspace: str) -> None:

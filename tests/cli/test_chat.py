@@ -95,6 +95,17 @@ def test_an_unknown_model_is_the_daemon_s_answer(nimhost: Run, wire: FakeWire) -
     assert (done.exit_code, done.stderr) == (1, "Error: No model 'default/nope'\nHint: nimhost ps\n")
 
 
+def test_an_adapter_that_nothing_serves_is_asked_for_by_the_name_that_the_daemon_knows_why_of(
+    nimhost: Run, wire: FakeWire
+) -> None:
+    wire.put("adapters", "math", model="team/base")
+    wire.refuse["POST", "/chat/completions"] = Refusal(503, "NotReady", "Adapter default--math is not ready: Stopped.")
+    done = nimhost("chat", "math", "Hello!")
+    assert (done.exit_code, done.stderr) == (1, "Error: Adapter default--math is not ready: Stopped.\n")
+    assert wire.asked[-1].path.endswith("/workspaces/team/openai/-/v1/chat/completions")
+    assert wire.asked[-1].body["model"] == "team/default--math"
+
+
 # --- which model is meant ------------------------------------------------------------------------------------------
 
 
@@ -112,6 +123,11 @@ NIM = (deployment("llama"), provider("llama", "meta/llama", model_deployment_id=
 CLOUD = provider("cloud", "gpt-4")
 D = [QWEN[0], NIM[0], deployment("slow", "PENDING"), deployment("off", "PENDING", desired="stopped")]
 P = [QWEN[1], NIM[1], CLOUD]
+A = [
+    {"name": "lora", "workspace": "w", "model": "w/qwen-qwen3"},
+    {"name": "idle", "workspace": "w", "model": "w/slow"},
+    {"name": "far", "workspace": "w", "model": "team/base"},
+]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +143,11 @@ P = [QWEN[1], NIM[1], CLOUD]
         ("lora", None, ChatTarget("w--lora", None, "w")),  # 6
         ("w/lora", None, ChatTarget("w--lora", None, "w")),  # 6
         ("qwen-qwen3--lora", None, ChatTarget("w--lora", None, "w")),  # 6
+        ("idle", None, ChatTarget("w--idle", None, "w")),  # 6
+        ("w--idle", None, ChatTarget("w--idle", None, "w")),  # 6
+        ("slow--idle", None, ChatTarget("w--idle", None, "w")),  # 6
+        ("far", None, ChatTarget("w--far", None, "team")),  # 6
+        ("other--idle", None, ChatTarget("other--idle", None, "w")),  # 8
         ("w--not-yet", None, ChatTarget("w--not-yet", None, "w")),  # 8
         ("Qwen/Qwen3", None, ChatTarget("w/qwen-qwen3", "qwen-qwen3", "w")),  # 7
         ("other", None, ChatTarget("other", None, "w")),  # 8
@@ -134,7 +155,7 @@ P = [QWEN[1], NIM[1], CLOUD]
     ],
 )
 def test_which_model_is_meant(text: str | None, name: str | None, target: ChatTarget) -> None:
-    assert choose(text, name, "w", D, P) == target
+    assert choose(text, name, "w", D, P, A) == target
 
 
 @pytest.mark.parametrize(

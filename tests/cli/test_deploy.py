@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -513,6 +515,34 @@ def test_logs_come_as_they_are(nimhost: Run, wire: FakeWire) -> None:
     wire.logs = "größe\nlast line without an end".encode()
     assert nimhost("logs", "q1", "--tail", "2").stdout == "größe\nlast line without an end"
     assert wire.asked[-1].query == {"tail": "2"}
+
+
+def test_followed_logs_end_with_their_engine(nimhost: Run, wire: FakeWire) -> None:
+    wire.put("deployments", "q1", config="q1")
+    wire.logs, wire.said["/health/live"] = b"the last line\n", {"status": "live"}
+    done = nimhost("logs", "q1", "-f")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "the last line\n", "")
+
+
+def test_followed_logs_that_end_with_the_daemon_say_so(nimhost: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv("NIMHOST_BASE_URL", url := f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+    def daemon() -> None:
+        connection, _ = listener.accept()
+        listener.close()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nline\n\r\n0\r\n\r\n")
+
+    thread = threading.Thread(target=daemon)
+    thread.start()
+    done = nimhost("logs", "q1", "-f")
+    thread.join()
+    assert (done.exit_code, done.stdout) == (1, "line\n")
+    assert done.stderr == (
+        f"Error: nimhost at {url} has stopped.\nHint: Engines go on without it. Start it with: nimhost serve\n"
+    )
 
 
 # --- rm ------------------------------------------------------------------------------------------------------------

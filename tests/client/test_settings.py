@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nimhost.client import Client
 from nimhost.client.settings import (
     DEFAULT_URL,
     check_url,
@@ -112,3 +113,13 @@ def test_a_token_that_no_header_can_carry_is_a_wrong_setting(token: str) -> None
 )
 def test_what_only_this_machine_reaches(url: str, loopback: bool) -> None:
     assert is_loopback(url) is loopback
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_a_wrong_setting(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Desktops set such for every program."""
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    Client("http://127.0.0.1:8080").close()  # it is for the world outside
+    with pytest.raises(ConfigError, match="proxy") as caught:
+        Client("http://gpu-box:8080")
+    assert "ALL_PROXY" in (caught.value.hint or "")

@@ -110,6 +110,9 @@ def test_an_adapter_that_nothing_is_to_serve_says_why_itself(wish: dict[str, obj
             ask("default--math")
         assert caught.value.message.startswith(f"No providers found for model entity default/default--math: {why}")
         assert caught.value.hint == "See: nimhost adapters get math"
+    with pytest.raises(NotFound, match="Model entity not found for default/math") as caught:
+        found.any_model("math")
+    assert caught.value.hint == "Did you mean default/default--math?"
 
 
 def test_stored_virtual_models_are_aliases_unless_they_name_themselves_or_nothing() -> None:

@@ -305,12 +305,16 @@ def test_it_does_not_listen_where_others_could_reach_it(make_daemon: MakeDaemon)
         daemon.start()
 
 
-def test_sigterm_ends_with_0_and_leaves_engines_running(
+def test_sigterm_ends_with_0_ends_what_is_followed_and_leaves_engines_running(
     daemon: DaemonProcess, docker_engine: docker.DockerClient, fake_engine_image: str
 ) -> None:
     daemon.deploy("one", fake_engine_image, gpu=0)
     daemon.wait("one", "READY")
-    assert daemon.stop() == 0
+    with daemon.http.stream("GET", f"{MODELS}/deployments/one/logs?follow=true") as logs:
+        pieces = logs.iter_bytes()
+        assert next(pieces)
+        assert daemon.stop() == 0
+        list(pieces)  # they come to an end, and not to an error
     assert containers_of(docker_engine, daemon)["one"]["State"]["Status"] == "running"
 
 

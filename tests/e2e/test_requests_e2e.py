@@ -61,21 +61,7 @@ def test_a_chat_is_shown_by_its_model_and_its_tokens(daemon: DaemonProcess) -> N
 
 
 def test_following_shows_each_request_as_it_ends(daemon: DaemonProcess) -> None:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("NIMHOST_", "NMP_"))}
-    command = [
-        sys.executable,
-        "-m",
-        "nimhost",
-        "--base-url",
-        daemon.url,
-        "requests",
-        "--follow",
-        "-n",
-        "0",
-        "-f",
-        "json",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=inherited) as following:
+    with _following(daemon, "-n", "0", "-f", "json") as following:
         assert following.stdout
         try:
             wait_until(lambda: daemon.http.get("/apis/nimhost/v1/requests").json()["data"], 10)
@@ -84,6 +70,13 @@ def test_following_shows_each_request_as_it_ends(daemon: DaemonProcess) -> None:
                 wait_until(lambda name=name: _asked_and_seen(daemon, following, name), 20)
         finally:
             following.terminate()
+
+
+def _following(daemon: DaemonProcess, *options: str) -> subprocess.Popen[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("NIMHOST_", "NMP_"))}
+    command = [sys.executable, "-m", "nimhost", "--base-url", daemon.url, "requests", "--follow", *options]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=inherited)
 
 
 def _asked_and_seen(daemon: DaemonProcess, following: subprocess.Popen[str], name: str) -> bool:
@@ -102,9 +95,20 @@ def test_a_follower_does_not_hold_up_the_end_of_the_daemon(daemon: DaemonProcess
         begun = time.monotonic()
         assert daemon.stop() == 0
         assert time.monotonic() - begun < 15, "it waits 30 s for replies that end"
-        with pytest.raises(httpx.RemoteProtocolError):
-            list(pieces)
+        list(pieces)  # they come to an end, and not to an error
     assert "ERROR" not in daemon.log.read_text()
+
+
+def test_whoever_follows_is_told_in_a_line_that_the_daemon_stopped(daemon: DaemonProcess) -> None:
+    with _following(daemon, "-n", "1") as following:
+        assert following.stdout
+        assert "TIME" in following.stdout.readline()
+        assert "gpt-4" in following.stdout.readline()
+        assert daemon.stop() == 0
+        rest, said = following.communicate(timeout=20)
+    assert (following.returncode, rest) == (1, "")
+    assert said.splitlines()[0] == f"Error: nimhost at {daemon.url} has stopped."
+    assert "Traceback" not in said
 
 
 @pytest.mark.fault(36)

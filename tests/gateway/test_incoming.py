@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nimhost.gateway.bodies import name_in, read_json
+from nimhost.gateway.bodies import COUNTED_BYTES, name_in, read_json
 from nimhost.gateway.headers import request_headers
 from nimhost.gateway.routes import Route, Upstream, build_table
 from nimhost.refs import Ref
@@ -43,6 +43,37 @@ async def test_json_that_is_nested_without_end_is_400_and_reaches_nobody(
     assert (reply.status, reply.headers["x-nimhost-error"]) == (400, "BadRequest")
     assert "nested too deeply" in reply.json()["error"]["message"]
     assert not engine.requests
+
+
+@pytest.mark.fault(40)
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/chat/completions", "application/json"),
+        ("/v1/messages", "application/json"),
+        (f"{MODEL_ROUTE}/v1/chat/completions", "application/json"),
+        (f"{MODEL_ROUTE}/v1/chat/completions", "text/plain"),
+        (f"{PROVIDER_ROUTE}/v1/chat/completions", "application/json"),
+    ],
+)
+async def test_json_with_fields_without_end_is_413_and_reaches_nobody(
+    door: Door, engine: FakeEngine, path: str, kind: str
+) -> None:
+    """Nor does it pass by what the provider puts into every body."""
+    door.route(engine_upstream(engine, policy="generic", required_body={"x": 1}))
+    body = b'{"model": "qwen", "messages": [], %b}' % b",".join(b'"k%d":1' % i for i in range(200_000))
+    reply = await door.ask("POST", path, body, [f"Content-Type: {kind}"])
+    assert (reply.status, reply.headers["x-nimhost-error"]) == (413, "BodyTooLarge")
+    assert "more than 1,000 fields at its top level. Put" in reply.json()["error"]["message"]
+    assert not engine.requests
+
+
+async def test_a_large_body_keeps_every_field_but_the_model_s_name(door: Door, engine: FakeEngine) -> None:
+    door.route(engine_upstream(engine, policy="generic", default_body={"x": 1, "k1": 2}, required_body={"y": 2}))
+    fields = {"model": "qwen", "messages": [], "text": "é" * COUNTED_BYTES, "y": 1, **{f"k{i}": i for i in range(900)}}
+    reply = await door.ask("POST", "/v1/chat/completions", json.dumps(fields).encode(), JSON)
+    assert reply.status == 200
+    assert json.loads(engine.requests[-1].body) == {"x": 1, **fields, "y": 2, "model": "qwen-served"}
 
 
 async def test_json_that_is_nested_too_deeply_to_be_translated_is_400(door: Door, engine: FakeEngine) -> None:
