@@ -363,6 +363,13 @@ async def test_no_request_is_taken_after_the_one_whose_reply_said_that_it_is_the
     assert app.paths == ["/boom"]
 
 
+async def test_who_reads_to_the_end_has_it_with_the_last_reply_though_its_body_is_awaited_still(app: App) -> None:
+    reader, writer = await app.connect(post(b"/boom", b"x" * 10)[:-1])
+    assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"\nInternal Server Error")
+    writer.write(b"x")
+    await eventually(lambda: app.count() == 0)
+
+
 async def test_an_idle_connection_is_not_told_that_it_is_late(app: App, limit: Callable[..., None]) -> None:
     """Its last request was answered before its body was complete."""
     limit(HEAD_TIMEOUT_S=0.3)
