@@ -56,6 +56,8 @@ class Run(Struct, frozen=True, kw_only=True):
     """When `ready_container` became READY."""
     ready_container: str | None = None
     """The container that has been READY: tells an engine that broke from one that is still loading."""
+    pulling: bool = False
+    """The pull of its image has begun: whatever speaks against it was looked at before, the room that it takes too."""
     exited_container: str | None = None
     """The container whose exit is already counted in `attempts`."""
     waiting_since: float = 0.0

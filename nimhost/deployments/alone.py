@@ -152,7 +152,7 @@ def _prepare(s: Situation) -> Verdict | None:  # 11
     if image and d.ref in s.observed.asking:  # it may be refused before a byte of it is here
         return s.verdict("PENDING", f"Asking the registry of image {d.image} what it is.")
     action = Prepare(image, weights, d.hash)
-    return s.verdict("PENDING", preparing(d, action), action)
+    return s.verdict("PENDING", preparing(d, action), action, replace(s.run, pulling=image))
 
 
 def _gpus_short(s: Situation) -> Verdict | None:  # 12
@@ -170,7 +170,7 @@ def _start(s: Situation) -> Verdict:  # 13
     chosen = choose(s.observed.gpus, need) or ()
     gpu_ids = tuple(gpu.uuid for gpu in chosen)
     action = Start(gpu_ids, s.desired.hash, utilization(chosen, need, s.desired.ask))
-    return s.verdict("PENDING", starting(s, gpu_ids), action, replace(s.run, waiting_since=0.0))
+    return s.verdict("PENDING", starting(s, gpu_ids), action, replace(s.run, waiting_since=0.0, pulling=False))
 
 
 _RULES = (_healthy, _backing_off, _exited, _unhealthy, _missing, _blocked, _prepare, _gpus_short, _start)

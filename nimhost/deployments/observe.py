@@ -145,8 +145,9 @@ class Observer:
             return found  # who needs them meets the same, and there it has consequences
 
     def _with_offers(self, found: Observed, lacking: Iterable[Desired]) -> Observed:
-        """And what registries say about the images that are still to be pulled."""
-        wanted = [d for d in lacking if found.images[d.ref] is None and d.image and not _given_up(d)]
+        """And what registries say about the images that are still to be pulled; not once that has begun: nothing spoke
+        against it, and what has come of it takes room that would be counted again."""
+        wanted = [d for d in lacking if found.images[d.ref] is None and d.image and not (d.run.pulling or _given_up(d))]
         answers = {d.ref: self._offers.of(d.image, found.machine) for d in wanted if found.machine}
         offers = {ref: offer for ref, (offer, _) in answers.items() if offer}
         return replace(

@@ -16,11 +16,13 @@ from nimhost.errors import NimhostError
 from nimhost.host.containers import Containers
 from nimhost.host.registry import Offer, Registries
 
-KEEP_S = 600.0
-"""A tag may be given to another image, so it is asked for again after this time."""
+KEEP_S = 3600.0
+"""A tag may be given to another image, so it is asked for again after this time. Not sooner: each time counts as a
+pull, of which a registry may allow a hundred in six hours, and who was refused may wait for days."""
 ASK_AGAIN_S = 60.0
 """After a registry said nothing."""
-MOST_KEPT = 200
+FORGET_S = 600.0
+"""An answer that is past its time for so long was not asked for again: nobody wants it any more."""
 
 Ask = Callable[[str, str], Awaitable[Offer | None]]
 """(image, architecture) -> what its registry has; None where that is not known."""
@@ -85,9 +87,9 @@ class Offers:
             offer = await ask(*key)
         finally:
             before = self._answers.pop(key, None)
-            until = time.monotonic() + (KEEP_S if offer else ASK_AGAIN_S)
+            now = time.monotonic()
+            until = now + (KEEP_S if offer else ASK_AGAIN_S)
+            self._answers = {other: known for other, known in self._answers.items() if known.until + FORGET_S > now}
             self._answers[key] = _Answer(offer or (before.offer if before else None), until)
-            while len(self._answers) > MOST_KEPT:
-                del self._answers[next(iter(self._answers))]
             del self._asking[key]
             self._on_answer()

@@ -204,7 +204,10 @@ def _no_room(d: Desired, observed: Observed) -> str | None:
     return None
 
 
-_MAKE_ROOM = "Make room (nimhost weights prune, docker image prune), or set [weights] cache_dir to another disk."
+_MAKE_ROOM = (
+    "Make room (nimhost weights prune, docker image prune): a deployment then goes on by itself, within a minute. "
+    "Or set [weights] cache_dir to another disk."
+)
 _ANYWAY = " To try anyway, since layers that other images share take no room again: --force"
 
 

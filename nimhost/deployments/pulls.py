@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from nimhost.errors import DiskFull, HostError, NimhostError, NotFound
+from nimhost.errors import DiskFull, HostError, NimhostError, NotFound, WeightsCorrupt
 from nimhost.host.weights import Snapshot, Weights, WeightsProgress
 from nimhost.host.weights.wire import ALL, Choice, Repo
 from nimhost.refs import NGC_KEY, Ref
@@ -100,7 +100,9 @@ class Pulls:
         return {repo: pull.latest for (repo, _), pull in self._pulls.items() if pull.latest is not None}
 
     async def resume(self) -> None:
-        """Go on with what was not done when the last daemon ended."""
+        """Go on with what was not done when the last daemon ended. One that works offline leaves it for the next."""
+        if self._weights.offline:
+            return
         async with self._changing:
             for asked in await self._rewrite(lambda stored: stored):
                 if asked.what not in self._pulls:
@@ -169,7 +171,8 @@ class Pulls:
 
     async def _bring(self, pull: Pull) -> Snapshot:
         """What may pass is waited for while nobody follows: who does hears of it and decides. A disk that fills up in
-        the middle is waited for in any case. Raises NimhostErrors."""
+        the middle is waited for in any case, and bytes that arrive as others are never: all of them would be fetched
+        again and again. Raises NimhostErrors."""
         until, pause_s, done_bytes = time.monotonic() + GIVE_UP_S, RETRY_S[0], 0
         while True:
             pull.hurry.clear()
@@ -183,7 +186,8 @@ class Pulls:
                     until, pause_s = time.monotonic() + GIVE_UP_S, RETRY_S[0]
                     done_bytes = pull.latest.done_bytes
                 patient = not pull.followers or (isinstance(error, DiskFull) and done_bytes > 0)
-                if error.final or not patient or time.monotonic() > until:
+                final = error.final or isinstance(error, WeightsCorrupt)
+                if final or not patient or time.monotonic() > until:
                     raise
                 wait_s = max(pause_s, getattr(error, "retry_after_s", None) or 0.0)
                 pull.wait_for(error, wait_s)

@@ -32,10 +32,11 @@ class Limits(Struct, frozen=True, kw_only=True):
 def after_error(run: Run, error: NimhostError, now: float, limits: Limits) -> Run:
     """An effect failed: final when trying again cannot help, else again after a backoff, a limited number of times.
 
-    A full disk is waited for without a limit: somebody will make room.
+    A full disk is waited for without a limit: somebody will make room. Until then nothing is pulled to fill it again.
     """
-    attempts = run.attempts + 1
-    final = error.final or (attempts >= limits.restart_limit and not isinstance(error, DiskFull))
+    attempts, full = run.attempts + 1, isinstance(error, DiskFull)
+    final = error.final or (attempts >= limits.restart_limit and not full)
+    run = replace(run, pulling=run.pulling and not full)
     message = error.message if error.hint is None else f"{error.message}\n{error.hint}"
     return _failed(run, message, final, attempts, now, limits, getattr(error, "retry_after_s", None))
 

@@ -44,6 +44,7 @@ from nimhost.host.docker_errors import USUAL_SOCKET, chain, refusal, unreachable
 from nimhost.host.docker_pull import follow_pull
 from nimhost.host.docker_requests import container_body, probe_body, probe_labels
 from nimhost.host.docker_stream import BlockingStream, Hold, hold_sockets
+from nimhost.host.threads import in_thread
 
 __all__ = [
     "GPU_ULIMITS", "Container", "ContainerEvent", "Containers", "DockerContainers", "EngineFacts", "Image", "Launch",
@@ -123,7 +124,8 @@ class DockerContainers:
     # --- images ----------------------------------------------------------------------------------------------------
 
     async def login(self, name: str) -> tuple[str, str] | None:
-        return await self._call(lambda _: _login(name))
+        """In a thread of its own: a helper that waits for somebody to open a keyring must not hold up Docker."""
+        return await in_thread(_login, name)
 
     async def pull(
         self,

@@ -125,6 +125,13 @@ class _Unknown(Exception):
     """The registry said nothing that could be used."""
 
 
+_NO_ANSWER = (
+    _Unknown, httpx.HTTPError, httpx.InvalidURL, msgspec.MsgspecError, OSError,
+    RecursionError,  # of msgspec: a document that is nested without end
+    ValueError, ImportError,  # of httpx: a proxy in the environment that it does not speak with, as SOCKS
+)  # fmt: skip
+
+
 class Registries:
     """`limit_s`: for everything that one answer takes."""
 
@@ -144,7 +151,7 @@ class Registries:
         try:
             async with asyncio.timeout(self.limit_s), await self._client(where) as client:
                 return await _Asking(client, where, login).offer(architecture)
-        except (_Unknown, httpx.HTTPError, httpx.InvalidURL, msgspec.MsgspecError, UnicodeError, OSError) as error:
+        except _NO_ANSWER as error:
             log.debug("image %s: its registry does not say what it is: %s", image, type(error).__name__)
             return None
 

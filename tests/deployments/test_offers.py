@@ -12,12 +12,13 @@ from msgspec.structs import replace
 
 from nimhost.deployments.logins import ngc_login
 from nimhost.deployments.offers import Offers
-from nimhost.errors import NotFound
+from nimhost.errors import DiskFull, NotFound
 from nimhost.host.disk import free_bytes
 from nimhost.host.registry import Offer, Registries
 from nimhost.refs import NGC_KEY, Ref
 from tests.fakes.containers import fake_image
 from tests.fakes.registry import FakeRegistry
+from tests.support import eventually
 from tests.world import MODELS, World
 
 PLAN = "/apis/nimhost/v1/plan"
@@ -106,6 +107,60 @@ async def test_an_image_without_room_is_found_before_it_is_pulled(
     found = (await world.http.post(PLAN, json=wish(ref))).json()
     (image,) = [place for place in found["disk"] if place["what"] == "image"]
     assert (image["download_bytes"], image["needed_bytes"]) == (size + 1000, (size + 1000) * times)
+
+
+async def test_what_a_registry_says_anew_brings_a_refused_deployment_up(
+    world: World, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nimhost.deployments.offers.KEEP_S", 0.1)
+    ref = published(world, registry, "nim/x:1", machines=("arm64",))
+    await refused(world, ref, "is made for arm64")
+    registry.add("nim/x:1", machines=("arm64", "amd64"))
+
+    async def looked() -> bool:
+        world.daemon.reconciler.wake()
+        return (await world.deployment("one") or {})["status"] == "READY"
+
+    await eventually(looked)
+
+
+FREE = 100 * 2**30
+
+
+@pytest.mark.fault(17)
+@pytest.mark.fault(20)
+async def test_a_pull_that_had_room_when_it_began_goes_on_after_a_restart(
+    world: World, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has come of it is not free any more, and Docker does not tell how much that is."""
+    free = FREE
+    monkeypatch.setattr("nimhost.deployments.readings.free_bytes", lambda path: free)
+    world.docker.pull_hangs = True
+    await world.deploy("one", image=published(world, registry, "nim/x:1", sizes=(FREE // 2,)))
+    await eventually(lambda: "pull" in world.docker.calls)
+    await world.stop()
+    free, world.docker.pull_hangs = FREE // 2, False
+    asked = len(registry.asked)
+    await world.start()
+    await world.wait("one", "READY")
+    assert len(registry.asked) == asked, "all that it could say was known when the pull began"
+
+
+@pytest.mark.fault(17)
+async def test_a_pull_that_filled_the_disk_begins_again_by_itself_once_there_is_room(
+    world: World, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = False
+    monkeypatch.setattr(
+        "nimhost.deployments.readings.free_bytes", lambda path: FREE if made or "pull" not in world.docker.calls else 1
+    )
+    world.docker.pull_error = DiskFull("no space left on device")
+    await world.deploy("one", image=published(world, registry, "nim/x:1", sizes=(FREE // 2,)))
+    await world.wait("one", "ERROR", "No room for the image")
+    assert world.docker.calls.count("pull") == 1
+    made, world.docker.pull_error = True, None
+    world.daemon.reconciler.wake()
+    await world.wait("one", "READY")
 
 
 async def test_force_pulls_what_the_registry_speaks_against(world: World, registry: FakeRegistry) -> None:
@@ -239,15 +294,29 @@ async def test_who_said_nothing_is_left_alone_for_a_while_and_then_asked_again(m
     await offers.close()
 
 
-async def test_answers_are_not_kept_without_end() -> None:
+async def test_an_answer_that_nobody_wants_any_more_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked()
     offers = Offers(asked, lambda: None)
-    for number in range(300):
-        offers.of(f"x:{number}", "amd64")
+    monkeypatch.setattr("nimhost.deployments.offers.KEEP_S", -1)
+    offers.of("x:1", "amd64")
     await offers.settled()
-    assert offers.of("x:299", "amd64") == (asked.offer, False)
-    assert offers.of("x:0", "amd64") == (None, True)
+    monkeypatch.setattr("nimhost.deployments.offers.KEEP_S", 60)
+    monkeypatch.setattr("nimhost.deployments.offers.FORGET_S", 0)
+    offers.of("x:2", "amd64")
+    await offers.settled()
+    assert offers.of("x:2", "amd64") == (asked.offer, False)
+    assert offers.of("x:1", "amd64") == (None, True)
     await offers.close()
+
+
+async def test_many_who_wait_for_long_do_not_make_each_other_ask_for_ever() -> None:
+    asked = Asked()
+    offers = Offers(asked, lambda: None)
+    for _ in range(3):
+        for number in range(1000):
+            offers.of(f"x:{number}", "amd64")
+        await offers.settled()
+    assert asked.times == 1000
 
 
 async def test_who_gives_up_waiting_stops_nobody_else() -> None:

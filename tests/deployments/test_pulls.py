@@ -191,6 +191,31 @@ async def test_who_follows_is_told_at_once_and_it_ends(hub: FakeHub, weights: We
     assert await stored(store) == "[]"
 
 
+@pytest.mark.fault(2)
+async def test_a_hub_that_sends_other_bytes_is_not_asked_for_them_all_day(
+    hub: FakeHub, weights: Weights, store: Store
+) -> None:
+    """Nobody follows, and each try would bring all of it twice."""
+    hub.faults.corrupt = 10**6
+    await Pulls(weights, store, secret).ask(ASKED)
+    await eventually(lambda: _is_empty(store))
+    assert 300_000 < hub.sent_bytes("model.safetensors") <= 600_000
+
+
+async def test_a_daemon_that_works_offline_keeps_what_is_still_to_be_fetched(
+    hub: FakeHub, weights: Weights, store: Store
+) -> None:
+    async with store.transaction() as tx:
+        await tx.set_meta(KEY, '[{"repo": {"repo_id": "org/model"}}]')
+    offline = Pulls(Weights(weights.cache_dir, hub.url, offline=True), store, secret)
+    await offline.resume()
+    assert [task for task in asyncio.all_tasks() if task.get_name().startswith("pull ")] == []
+    assert "org/model" in await stored(store)
+    await Pulls(weights, store, secret).resume()
+    await eventually(lambda: _is_empty(store))
+    assert weights.present(REPO)
+
+
 async def test_asking_again_ends_the_pause(
     hub: FakeHub, weights: Weights, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

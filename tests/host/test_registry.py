@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from nimhost.host.containers import _login
+from nimhost.host.containers import DockerContainers, _login
 from nimhost.host.registry import (
     CONFIG_BYTES,
     MANIFEST_BYTES,
@@ -141,6 +141,7 @@ async def test_who_names_no_place_for_tokens_is_asked_no_further(registry: FakeR
         lambda r: r.documents.clear(),
         lambda r: spoil(r, b"\xff not JSON"),
         lambda r: spoil(r, b"[]"),
+        lambda r: spoil(r, b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
         lambda r: spoil(r, b'{"schemaVersion": 1, "fsLayers": []}'),
         lambda r: spoil(r, b'{"manifests": [{"digest": "sha256:0"}]}'),
         lambda r: spoil(r, b'{"config": {"digest": "sha256:00"}, "layers": [{"digest": "x", "size": 1}]}'),
@@ -184,6 +185,13 @@ async def test_a_registry_that_hangs_or_is_away_holds_nobody_up(registry: FakeRe
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9", "http://127.0.0.1:9"])
+async def test_a_proxy_that_leads_nowhere_leaves_nothing_known(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Desktops set such: what it is only Docker can know, which has a proxy of its own."""
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    assert await Registries().ask("registry.test/x:1", "amd64") is None
+
+
 async def test_a_redirect_that_leads_round_in_circles_ends(registry: FakeRegistry) -> None:
     ref = registry.add("nim/x:1")
     registry.wants = None
@@ -217,6 +225,15 @@ def test_the_login_of_docker_is_found(
     (tmp_path / "config.json").write_text(json.dumps({"auths": auths}))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     assert _login(image) == found
+
+
+async def test_the_login_is_found_without_docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor may it hold up what is asked of Docker: a helper may wait until somebody opens a keyring."""
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"ghcr.io": {"auth": "bWU6c2VjcmV0"}}}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    containers = DockerContainers(f"unix://{tmp_path}/nowhere.sock")
+    assert await containers.login("ghcr.io/a/b:1") == ("me", "secret")
+    await containers.close()
 
 
 def test_a_configuration_of_docker_that_cannot_be_read_is_no_login(

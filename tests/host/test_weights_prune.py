@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ from nimhost.errors import HostError
 from nimhost.host.weights import Limits
 from nimhost.host.weights import child as weights_child
 from nimhost.host.weights import disk as weights_disk
+from nimhost.host.weights import prune as weights_prune
 from nimhost.host.weights.cache import RepoCache
-from nimhost.host.weights.disk import no_download, reserved_space
+from nimhost.host.weights.choice import HubFile
+from nimhost.host.weights.disk import no_download, promised_bytes, reserved_space
 from nimhost.host.weights.inventory import Held, scan
 from nimhost.host.weights.prune import remove
 from nimhost.host.weights.wire import Job
@@ -177,6 +182,38 @@ def test_what_has_come_and_is_not_linked_yet_cannot_be_removed(
 
 
 @pytest.mark.fault(17)
+def test_a_download_that_begins_while_empty_folders_are_removed_has_its_own(
+    hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def after_a_prune(repo: RepoCache, files: list[HubFile]) -> Iterator[int]:
+        weights_prune._remove_leftovers(repo)
+        with reserved_space(repo, files) as promise:
+            yield promise
+
+    monkeypatch.setattr(weights_child, "reserved_space", after_a_prune)
+    fetch(hub, cache)
+    assert only(cache).state == "complete"
+
+
+@pytest.mark.fault(17)
+def test_what_is_promised_can_be_told_while_something_large_is_removed(cache: Path) -> None:
+    """The supervisor looks at each tick. It changes nothing, so it need not wait; nor is it in anybody's way."""
+    tiny, dead = RepoCache(cache, TINY), cache / ".nimhost" / "promised" / "1-dead"
+    files = [HubFile("model.safetensors", 1000, "0" * 64)]
+    told: list[dict[str, int]] = []
+    with reserved_space(tiny, files), no_download(tiny):
+        dead.write_bytes(b"%-20d%b" % (5, b"models--org--dead"))
+        looking = threading.Thread(target=lambda: told.append(promised_bytes(cache)), daemon=True)
+        looking.start()
+        looking.join(5)
+        assert told == [{tiny.folder: 1000}]
+        assert dead.exists()
+    with no_download(tiny) as nobody:
+        assert nobody
+    assert not dead.exists()
+
+
 def test_a_promise_that_is_just_being_made_is_not_taken_for_a_dead_one(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,8 +61,8 @@ def download(job: wire.Job) -> str:
         return known
     hub.limits = job.limits
     files = pick_some(job.repo, chosen, job.choice)
-    cache.make_dirs()
-    with reserved_space(cache, files) as promise:  # to the end: what no link leads to yet may be pruned without it
+    with reserved_space(cache, files) as promise:  # for all of it: what no link leads to yet may be pruned without it
+        cache.make_dirs()
         hashes = _fetch_all(job, hub, cache, commit, files, promise)
         cache.link(commit, files)
         cache.write_ref(commit)

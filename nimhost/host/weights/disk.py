@@ -66,17 +66,14 @@ def keep_promise(fd: int, needed_bytes: int) -> None:
 
 
 def promised_bytes(cache_dir: Path) -> dict[str, int]:
-    """Folder of a repository -> what downloads of it that are in flight will still write into this cache."""
-    folder = cache_dir / OURS / "promised"
+    """Folder of a repository -> what downloads of it that are in flight will still write into this cache.
+
+    Waits for nobody, however long the gate is closed, and so leaves the files of dead processes alone.
+    """
     try:
-        gate = os.open(folder / _GATE, os.O_RDWR)
+        return _promised(cache_dir / OURS / "promised", tidy=False)
     except OSError:
         return {}  # nobody has ever fetched anything here, or we may not look: then it is not ours to count
-    try:
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        return _promised(folder)
-    finally:
-        os.close(gate)
 
 
 @contextmanager
@@ -92,25 +89,29 @@ def no_download(cache: RepoCache) -> Iterator[bool]:
         os.close(gate)
 
 
-def _promised(folder: Path) -> dict[str, int]:
-    """By repository: several downloads of one wait for each other's files, so the largest promise is that of all."""
+def _promised(folder: Path, *, tidy: bool = True) -> dict[str, int]:
+    """By repository: several downloads of one wait for each other's files, so the largest promise is that of all.
+
+    `tidy`: files of dead processes go away; only for who holds the gate.
+    """
     found: dict[str, int] = {}
     for path in folder.iterdir():
-        size, repo = _promise(path) if path.name != _GATE else (0, "")
+        size, repo = _promise(path, tidy) if path.name != _GATE else (0, "")
         if repo:
             found[repo] = max(size, found.get(repo, 0))
     return found
 
 
-def _promise(path: Path) -> tuple[int, str]:
-    """(what a living process has been promised, for which repository); the file of a dead one goes away."""
+def _promise(path: Path, tidy: bool) -> tuple[int, str]:
+    """(what a living process has been promised, for which repository)."""
     with suppress(FileNotFoundError):
         fd = os.open(path, os.O_RDWR)
         try:
-            if not try_lock(fd):
+            if not try_lock(fd, shared=True):  # who only looks must not look like a living process to another
                 said = os.pread(fd, 4096, 0)
                 return int(said[:_WIDTH] or b"0"), said[_WIDTH:].decode()
-            path.unlink(missing_ok=True)
+            if tidy:
+                path.unlink(missing_ok=True)
         finally:
             os.close(fd)
     return 0, ""
