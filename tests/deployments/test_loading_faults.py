@@ -45,9 +45,18 @@ def test_who_fails_again_and_again_is_tried_less_often(failures: int, asked_s: f
 
 
 async def rounds_end(loader: Loader) -> float:
-    """How long it would sleep now, with nothing to do."""
-    await eventually(lambda: not loader._work, 10)
-    return await loader._round()
+    """How long it sleeps once there is nothing to do."""
+    pauses: list[float] = []
+    round_ = loader._round
+
+    async def watched() -> float:
+        pauses.append(await round_())
+        return pauses[-1]
+
+    loader._round = watched  # type: ignore[method-assign]
+    loader._wake.set()
+    await eventually(lambda: pauses and not loader._work and not loader._wake.is_set(), 10)
+    return pauses[-1]
 
 
 def busy_hub(monkeypatch: pytest.MonkeyPatch) -> list[None]:
