@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import uvloop
@@ -59,6 +60,7 @@ from nimhost.refs import NGC_KEY, Ref
 from nimhost.startup import preload, seed, sweep_container_files, sweep_files
 from nimhost.store import Store, now
 from nimhost.store.tokens import insert_token, stored_tokens
+from nimhost.streams import STDOUT, Lines, Log, fill_streams
 from nimhost.tokens import RANDOM_BYTES, Scope, Token, parse_entries, remember, spell
 from nimhost.view import View, findings
 
@@ -249,7 +251,8 @@ def limits(settings: Settings) -> Limits:
 
 def run(config_file: str | None, overrides: Mapping[str, object]) -> int:
     """`nimhost serve`: until SIGTERM or SIGINT. Exit code 0; 1 when it cannot start, 2 when its settings are wrong."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    fill_streams()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[Log()])
     for chatty in ("httpx", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -320,6 +323,8 @@ async def _until_stopped(daemon: Daemon, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is under nohup
+        loop.add_signal_handler(signal.SIGHUP, server.hang_up)
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     _say([f"nimhost {__version__} listens on http://{host}:{address[1]}"])
     reconciling = asyncio.create_task(daemon.run(), name="reconciler")
@@ -340,6 +345,9 @@ _STOPPING = "Stopping: letting replies end. Engines keep running. Once more to f
 
 def _say(lines: list[str]) -> None:
     """The banner, on stdout: for the person who started it."""
-    for line in lines:
-        sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    _stdout().put("\n".join(lines))
+
+
+@cache
+def _stdout() -> Lines:
+    return Lines(STDOUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import resource
 import socket
 import sys
@@ -39,9 +40,14 @@ def listen(server: ServerSettings, has_tokens: bool) -> socket.socket:
         return _bound(socket.socket(family, kind), address)
     except OSError as error:
         raise StartError(
-            f"Cannot listen on {server.host}:{server.port}: {error.strerror}.",
-            "Choose another port: nimhost serve --port 8081",
+            f"Cannot listen on {server.host}:{server.port}: {error.strerror}.", _other_address(error)
         ) from None
+
+
+def _other_address(error: OSError) -> str:
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return "Choose an address of this machine (see: ip address): nimhost serve --host 127.0.0.1"
+    return "Choose another port: nimhost serve --port 8081"
 
 
 def _bound(listener: socket.socket, address: object) -> socket.socket:
@@ -85,6 +91,11 @@ class Server(uvicorn.Server):
         if not self.should_exit:
             self._on_stop()
         self.should_exit = True
+
+    def hang_up(self) -> None:
+        """The terminal was closed, which the kernel and the shell may both say: that forces nothing."""
+        if not self.should_exit:
+            self.stop()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

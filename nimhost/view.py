@@ -132,6 +132,9 @@ def _no_container(deployment: Entity) -> NotReady:
     start = f"Start it with: nimhost start {deployment.name}"
     if deployment.wish.desired == "stopped":
         return NotReady(f"Deployment '{deployment.ref}' is stopped: there is no container, and so no logs.", start)
+    if deployment.status.status == "UNKNOWN":
+        away = f"The container of deployment '{deployment.ref}' cannot be reached: {deployment.status.status_message}"
+        return NotReady(away, "Once Docker runs, nimhost finds it again by itself.")
     what = f"Deployment '{deployment.ref}' has no container: {deployment.status.status_message}"
     if deployment.status.status == "ERROR":
         return NotReady(what, start)

@@ -36,7 +36,7 @@ LAYERS = (
     ["store", "host", "gateway"],
     ["deployments"],
     ["nim", "api"],
-    ["loopwatch", "view", "listening", "startup", "daemon"],
+    ["loopwatch", "streams", "view", "listening", "startup", "daemon"],
 )
 BESIDE = {
     "client": ["errors", "refs", "runs", "entities", "kinds"],

@@ -132,6 +132,13 @@ def test_a_port_that_is_taken_is_named() -> None:
             listen(ServerSettings(port=port), has_tokens=False)
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
+def test_an_address_that_this_machine_has_not_is_no_fault_of_the_port(host: str) -> None:
+    with pytest.raises(StartError, match=host) as caught:
+        listen(ServerSettings(host=host, port=0), has_tokens=True)
+    assert "Choose an address of this machine" in (caught.value.hint or "")
+
+
 # --- what takes for ever ---------------------------------------------------------------------------------------------
 
 

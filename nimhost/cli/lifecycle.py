@@ -91,7 +91,8 @@ def _start(client: Client, name: str, no_wait: bool) -> Outcome:
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is gone; keeps the config, model and fileset.")
 @address_options
 def rm(names: tuple[str, ...], keep_config: bool, no_wait: bool) -> None:
-    """Remove deployments, and what 'nimhost deploy' made for them if nothing else uses it. Weights stay in the cache.
+    """Remove deployments, and what 'nimhost deploy' made for them if nothing else uses it. Weights stay in the cache,
+    unless they are only half fetched.
 
     \b
     Examples:
@@ -99,20 +100,27 @@ def rm(names: tuple[str, ...], keep_config: bool, no_wait: bool) -> None:
       nimhost rm first second --keep-config
     """
     with open_client() as client:
-        _check_all(names, _each(names, lambda name: _remove(client, name, keep_config, no_wait)))
+        asked = _each(names, lambda name: _ask_removal(client, name))  # all before the first wait: engines take long
+        _check_all(names, _each(asked, lambda name: _remove(client, name, asked, keep_config, no_wait)))
 
 
-def _remove(client: Client, name: str, keep_config: bool, no_wait: bool) -> None:
-    missing: NotFound | None = None
+def _ask_removal(client: Client, name: str) -> NotFound | None:
+    """The error for one that is gone: something may be left of it."""
     try:
         client.deployments.delete(name)
     except NotFound as error:
-        missing = error
+        return error
+    return None
+
+
+def _remove(client: Client, name: str, asked: Mapping[str, NotFound | None], keep_config: bool, no_wait: bool) -> None:
+    missing = asked[name]
     if missing is None and no_wait:
         click.echo(retyped(f"Removing {name}. Follow it with: nimhost wait {name} --status DELETED"))
         return
     if missing is None:
-        _await_removal(client, name, keep_config)
+        left = list(asked)[list(asked).index(name) :]
+        _await_removal(client, [other for other in left if asked[other] is None], keep_config)
     leftovers, needed = ([], []) if keep_config else remove_leftovers(client, name)
     if missing is not None and not leftovers:
         raise missing
@@ -122,7 +130,8 @@ def _remove(client: Client, name: str, keep_config: bool, no_wait: bool) -> None
         click.echo(retyped(f"{said} nimhost models delete {name} && nimhost files filesets delete {name}"), err=True)
 
 
-def _await_removal(client: Client, name: str, keep_config: bool) -> None:
+def _await_removal(client: Client, names: Sequence[str], keep_config: bool) -> None:
+    """Until the first of them is gone; the others are on their way."""
     told: list[Any] = []
 
     def tell(entry: Any) -> None:
@@ -131,10 +140,12 @@ def _await_removal(client: Client, name: str, keep_config: bool) -> None:
         told.append(entry)
 
     try:
-        client.deployments.wait(name, "DELETED", on_entry=tell)
+        client.deployments.wait(names[0], "DELETED", on_entry=tell)
     except KeyboardInterrupt:
-        rest = "" if keep_config else f" Its config, model and fileset stay; to remove them too: nimhost rm {name}"
-        click.echo(retyped(f"\n{name} goes on being removed.{rest}"), err=True)
+        going = f"{names[0]} goes" if len(names) == 1 else f"{', '.join(names)} go"
+        whose = "Its" if len(names) == 1 else "Their"
+        rest = f" {whose} config, model and fileset stay; to remove them too: nimhost rm {' '.join(names)}"
+        click.echo(retyped(f"\n{going} on being removed.{'' if keep_config else rest}"), err=True)
         raise click.exceptions.Exit(130) from None
 
 

@@ -138,9 +138,10 @@ class _News:
 
 
 def last_probe(deployment: Record) -> str:
-    """What the probe of a loading engine found last; empty when none is loading."""
+    """What the probe of a loading engine found last; empty when none is loading, or the status says it already."""
     engine = (deployment.get("progress") or {}).get("engine") or {}
-    return engine.get("message") or ""
+    found = engine.get("message") or ""
+    return "" if found in deployment.get("status_message", "") else found
 
 
 def _reached(name: str, found: Record, status: str) -> bool:

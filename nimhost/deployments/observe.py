@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from nimhost.deployments.desired import Desired
 from nimhost.deployments.driver import requirement
 from nimhost.deployments.gpu_use import Claim, by_uuid, claims_of, slots_of
 from nimhost.deployments.labels import Labels, read_labels
-from nimhost.deployments.observed import Instance, Located, Observed, url_of
+from nimhost.deployments.observed import Health, Instance, Located, Observed, url_of
 from nimhost.deployments.offers import Offers
 from nimhost.deployments.placement import released
 from nimhost.deployments.probe import Prober, Target
@@ -27,6 +28,11 @@ from nimhost.models.checkpoint import is_weights_dir
 from nimhost.refs import Ref
 
 LOG_LINES = 80
+SILENT = {
+    "paused": "its container is paused (it goes on with: docker unpause {name})",
+    "removing": "its container is being removed",
+}
+"""States in which no engine can answer -> what is said of it. Docker still takes connections to a paused one."""
 
 
 class Observer:
@@ -172,7 +178,7 @@ class Observer:
         return {
             c.id: Target(url=url_of(c.port), probe=labels.probe, was_ready=c.id in served)
             for c, labels in ours
-            if c.state == "running" and c.port
+            if c.state in ("running", "paused") and c.port
         }
 
     async def _read_log_tails(self, ours: list[tuple[Container, Labels]]) -> Mapping[str, str]:
@@ -207,7 +213,7 @@ class Observer:
             port=c.port,
             gpu_ids=labels.gpus,
             busy=c.port is not None and self._is_busy(url_of(c.port)),
-            health=self._prober.health(c.id),
+            health=_health(c, self._prober.health(c.id)),
             log_tail=tails.get(c.id, ""),
         )
 
@@ -279,3 +285,12 @@ def _given_up(d: Desired) -> bool:
 
 def _runs(d: Desired, instances: tuple[Instance, ...]) -> bool:
     return any(i.ref == d.ref and i.hash == d.hash and i.state == "running" for i in instances)
+
+
+def _health(container: Container, found: Health) -> Health:
+    """What was found by probing, unless the state of the container says more, and says it at once."""
+    detail = SILENT.get(container.state)
+    if detail is None:
+        return found
+    since = found.since if found.state == "failing" else time.time()
+    return replace(found, state="failing", detail=detail.format(name=container.name), since=since)

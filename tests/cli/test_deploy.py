@@ -610,6 +610,19 @@ def test_rm_of_several_does_what_it_can(nimhost: Run, wire: FakeWire) -> None:
     assert done.stdout == "Removed q1.\n"
 
 
+def test_rm_of_several_asks_for_all_before_it_waits_for_one(
+    nimhost: Run, wire: FakeWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("q1", "q2", "q3"):
+        wire.put("deployments", name, config=name)
+    monkeypatch.setattr(Deployments, "wait", interrupted)
+    done = nimhost("rm", "q1", "nope", "q2", "q3")
+    assert wire.names("deployments") == []
+    assert done.exit_code == 130
+    assert "q1, q2, q3 go on being removed." in done.stderr
+    assert "nimhost rm q1 q2 q3" in done.stderr
+
+
 def test_ctrl_c_during_rm_says_what_stays(nimhost: Run, wire: FakeWire, monkeypatch: pytest.MonkeyPatch) -> None:
     becomes_ready(wire)
     nimhost("deploy", "Qwen/Qwen3-1.7B")

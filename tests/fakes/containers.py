@@ -133,6 +133,12 @@ class FakeContainers:
         if inspect.isawaitable(hook):
             self._closing = asyncio.ensure_future(hook)
 
+    def pause(self, name: str, paused: bool = True) -> None:
+        """As `docker pause`, or `docker unpause`; the engine behind it answers all the same."""
+        container = self.named(name)
+        container.change(state="paused" if paused else "running")
+        self._emit("pause" if paused else "unpause", container)
+
     def add_foreign(self, seen: Container) -> None:
         """A container that somebody else made."""
         self.containers[seen.id] = FakeContainer(seen, ContainerSpec(image=seen.image, probe=None))  # type: ignore[arg-type]
