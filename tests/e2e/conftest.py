@@ -101,10 +101,12 @@ def running_provider(*models: str) -> Iterator[str]:
     )
     assert process.stderr is not None
     port = next(line.split()[-1] for line in process.stderr if "startup complete" in line)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(10)
-    process.stderr.close()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stderr.close()
 
 
 @pytest.fixture
