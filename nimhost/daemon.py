@@ -157,6 +157,7 @@ class Daemon:
             tokens=self.tokens,
             gateway=self.gateway,
             adapters=self.loader,
+            follow=self.router.follow,
         )
         control, on_refused = control_plane(parts), self.gateway.traffic.end
         return entry(control, self.gateway, self.settings, self.tokens, loopback=loopback, on_refused=on_refused)

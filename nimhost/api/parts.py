@@ -127,3 +127,5 @@ class Parts:
     tokens: TokenTable = field(default_factory=TokenTable)
     gateway: Gateway | None = None
     """What it counted and logged is told; None: there is nothing to tell."""
+    follow: Callable[[], Awaitable[None]] | None = None
+    """Returns when the gateway goes by what is stored now; None: there is none that does."""

@@ -35,6 +35,8 @@ Json = dict[str, Any]
 Endpoint = Callable[[Request], Awaitable[Response]]
 STEP = 100
 """So many rows are shown at once."""
+LEADING = ("deployments", "providers", "secrets", "virtual-models")
+"""Kinds that requests find their way by, and of which nobody makes thousands."""
 
 
 class _Named(Struct):
@@ -139,7 +141,22 @@ class Resource:
                 (f"{one}/versions/{{version}}", "GET", self.get_version),
                 (f"{one}/versions/{{version}}", "DELETE", self.delete_version),
             ]
+        if self.kind.key in LEADING:
+            table = [(path, method, self._followed(method, endpoint)) for path, method, endpoint in table]
         return [Route(path, endpoint, methods=[method]) for path, method, endpoint in table]
+
+    def _followed(self, method: str, endpoint: Endpoint) -> Endpoint:
+        """The reply to a change comes when requests go by it: who made a provider may use it at once."""
+        follow = self.parts.follow
+        if method == "GET" or follow is None:
+            return endpoint
+
+        async def change(request: Request) -> Response:
+            reply = await endpoint(request)
+            await follow()
+            return reply
+
+        return change
 
     # --- what single kinds do differently
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from nimhost.deployments.adapters import wanted_adapters
@@ -31,13 +32,25 @@ class Router:
         self._loader = loader
         self._secret = secret
         self._read_desired = read_desired
+        self._verdicts: Sequence[Verdict] = ()
+        self._routing = asyncio.Lock()
 
     async def recall(self) -> None:
         """Routes from what is stored, for requests before the first look: those for engines are asked to wait."""
         await self.route([not_looked_at(d) for d in await self._read_desired()])
 
-    async def route(self, verdicts: Sequence[Verdict]) -> tuple[Question, ...]:
-        """Routes as the rows and the verdicts say; what is to be asked of the providers elsewhere."""
+    async def follow(self) -> None:
+        """Routes from what is stored now, and the verdicts of the last round: the next one may take its time."""
+        await self.route(None)
+
+    async def route(self, verdicts: Sequence[Verdict] | None) -> tuple[Question, ...]:
+        """Routes as the rows and the verdicts say (None: the last ones); what is to be asked of the providers
+        elsewhere."""
+        async with self._routing:  # or the older of two readings could be the one that stays
+            self._verdicts = self._verdicts if verdicts is None else verdicts
+            return await self._route(self._verdicts)
+
+    async def _route(self, verdicts: Sequence[Verdict]) -> tuple[Question, ...]:
         providers = await self._store.all("providers")
         verdicts = (*verdicts, *await self._not_judged(providers, verdicts))
         keys = {Ref(p.workspace, p.name): await self._key(p) for p in providers}

@@ -14,6 +14,8 @@ from tests.deployments.make import instance, wanted
 from tests.support import eventually
 from tests.world import MODELS, World
 
+GATEWAY = "/apis/inference-gateway/v2/workspaces/default"
+
 
 async def test_a_model_whose_deployment_is_made_during_a_look_waits_and_is_not_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -46,6 +48,37 @@ async def test_a_model_whose_deployment_is_made_during_a_look_waits_and_is_not_u
         await world.wait("two", "READY")
         assert tables
         assert all("two" in {ref.name for ref in table.providers} for table in tables)
+
+
+async def test_what_a_reply_says_is_so_for_the_next_request_though_the_round_after_it_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with World(tmp_path) as world:
+        await world.deploy("one")
+        await world.wait("one", "READY")
+        (engine,) = world.engines.values()
+        never = asyncio.Event()
+        monkeypatch.setattr(world.docker, "list", never.wait)
+
+        async def asked(name: str) -> int:
+            path = f"{GATEWAY}/provider/{name}/-/v1/chat/completions"
+            return (await world.http.post(path, json={"model": "fake", "messages": []})).status_code
+
+        here, nowhere = {"host_url": f"http://127.0.0.1:{engine.port}"}, {"host_url": "http://127.0.0.1:9"}
+        await world.post(f"{MODELS}/providers", {"name": "ext", **here})
+        assert await asked("ext") == 200
+        assert (await world.http.put(f"{MODELS}/providers/ext", json=nowhere)).status_code == 200
+        assert await asked("ext") == 502
+        keyed = {**here, "api_key_secret_name": "key"}
+        await world.post("/apis/secrets/v2/workspaces/default/secrets", {"name": "key", "value": "k"})
+        assert (await world.http.put(f"{MODELS}/providers/ext", json=keyed)).status_code == 200
+        assert await asked("ext") == 200
+        assert (await world.http.delete(f"{MODELS}/providers/ext")).is_success
+        assert await asked("ext") == 404
+        await world.post(f"{MODELS}/deployments", {"name": "two", "config": "one"})
+        assert await asked("two") == 503
+        assert await asked("one") == 200
+        never.set()
 
 
 def test_what_an_engine_serves_is_not_forgotten_while_it_is_not_probed_yet() -> None:
