@@ -19,7 +19,7 @@ from tests import images
 from tests.docker.conftest import SecondEngine, url_of
 from tests.docker.registry import Registry
 from tests.support import wait_until
-from tests.tiny import SENTENCE, tiny_lora
+from tests.tiny import SENTENCE
 
 pytestmark = pytest.mark.docker
 
@@ -200,25 +200,3 @@ def test_second_engine_reports_a_failing_gpu_hook(second_engine: SecondEngine) -
         container = client.containers.create(images.fake_engine(client), device_requests=[request])
         with pytest.raises(APIError, match="driver not loaded"):
             container.start()
-
-
-@pytest.mark.vllm
-@pytest.mark.timeout(600)
-def test_real_vllm_answers_and_an_adapter_changes_it(
-    run: Run, vllm_image: str, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    tiny_lora(tmp_path / "lora")
-    container = run(
-        vllm_image,
-        *("/model-store", "--served-model-name", "tiny", "--max-model-len", "1024", "--max-num-seqs", "4"),
-        *("--enforce-eager", "--enable-lora", "--max-lora-rank", "8"),
-        volumes=[f"{tiny_model_dir}:/model-store:ro", f"{tmp_path}/lora:/loras/one:ro"],
-        environment=images.VLLM_CPU_ENV | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
-        shm_size="512m",
-    )
-    url = healthy(container, timeout_s=300)
-    assert chat(url, "tiny") == SENTENCE
-    assert "".join(streamed(url, "tiny")) == SENTENCE
-    httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "one", "lora_path": "/loras/one"}).raise_for_status()
-    changed = chat(url, "one", max_tokens=20)
-    assert changed == chat(url, "one", max_tokens=20) != SENTENCE
