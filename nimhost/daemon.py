@@ -333,7 +333,7 @@ async def _until_stopped(daemon: Daemon, listener: socket.socket) -> None:
     try:
         await asyncio.wait((reconciling, serving), return_when=asyncio.FIRST_COMPLETED)
         if reconciling.done():  # it never ends by itself: a broken supervisor is no reason to pretend
-            server.should_exit = True
+            server.stop()
             await serving
             reconciling.result()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import resource
@@ -85,12 +86,18 @@ class Server(uvicorn.Server):
             )
         )
         self._on_stop = on_stop
+        self._stopping = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Until `stop`: uvicorn's own looks ten times a second."""
+        await self._stopping.wait()
 
     def stop(self) -> None:
         self.force_exit = self.should_exit
         if not self.should_exit:
             self._on_stop()
         self.should_exit = True
+        self._stopping.set()
 
     def hang_up(self) -> None:
         """The terminal was closed, which the kernel and the shell may both say: that forces nothing."""

@@ -121,7 +121,8 @@ async def serve() -> AsyncIterator[App]:
     finally:
         for writer in app.writers:
             writer.transport.abort()
-        server.should_exit = server.force_exit = True
+        server.stop()
+        server.force_exit = True
         await serving
 
 

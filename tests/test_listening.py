@@ -88,7 +88,8 @@ async def serve() -> AsyncIterator[Open]:
     finally:
         for _, writer in opened.streams:
             writer.transport.abort()
-        server.should_exit = server.force_exit = True
+        server.stop()
+        server.force_exit = True
         await serving
 
 
@@ -347,7 +348,7 @@ async def test_a_reply_without_end_that_begins_while_the_server_stops_is_ended_t
         opened.server.config.timeout_graceful_shutdown = 60
         post = b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n"
         late, writer = await opened.connect(post.replace(b"/read", b"/follow-late"))
-        await eventually(lambda: opened.count() == 1)
+        await eventually(lambda: opened.server.server_state.tasks)
         opened.server.stop()
         await eventually(lambda: not opened.server.servers or not opened.server.servers[0].is_serving())
         writer.write(b"x")

@@ -46,7 +46,6 @@ class Server(Protocol):
     connections: set[Any]
     tasks: set[asyncio.Task[None]]
     total_requests: int
-    default_headers: list[tuple[bytes, bytes]]
 
 
 class ClientConnection(asyncio.Protocol):
@@ -281,7 +280,7 @@ class ClientConnection(asyncio.Protocol):
     # --- what a cycle needs
 
     def date_line(self) -> bytes:
-        return self._room.date_line(self._server.default_headers)
+        return self._room.date_line()
 
     def pause_reading(self) -> None:
         if not self._held:

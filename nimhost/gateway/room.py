@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from asyncio import TimerHandle
+from email.utils import formatdate
 from typing import Protocol
 
 KEEP_ALIVE_S = 75.0
@@ -29,7 +31,7 @@ class Room:
         """Without a request under way; since when, the longest first."""
         self._count = 0
         self._sweep: TimerHandle | None = None
-        self._dated: tuple[list[tuple[bytes, bytes]], bytes] = ([], b"")
+        self._dated = (0, b"")
 
     def enter(self, connection: Visitor) -> bool:
         """False: it is full, and everybody in it is busy."""
@@ -71,8 +73,9 @@ class Room:
             del self._idle[connection]
             connection.close()
 
-    def date_line(self, headers: list[tuple[bytes, bytes]]) -> bytes:
-        """The headers of every reply, which the server makes anew each second."""
-        if headers is not self._dated[0]:
-            self._dated = (headers, b"".join(b"%b: %b\r\n" % pair for pair in headers))
+    def date_line(self) -> bytes:
+        """A header of every reply: made once for those of a second."""
+        second = int(time.time())
+        if second != self._dated[0]:
+            self._dated = (second, b"date: %b\r\n" % formatdate(second, usegmt=True).encode())
         return self._dated[1]

@@ -40,7 +40,7 @@ class Served:
             serving = asyncio.create_task(server.serve(sockets=[self._listener]))
             self._begun.set()
             await self._stop.wait()
-            server.should_exit = True
+            server.stop()
             await serving
 
     def open(self) -> None:

@@ -125,7 +125,6 @@ async def open_door(
     server.lifespan = config.lifespan_class(config)
     listening = socket.create_server(("127.0.0.1", 0))
     await server.startup(sockets=[listening])  # serve() would take over Ctrl-C
-    await server.on_tick(0)
     try:
         door = Door(gateway, listening.getsockname()[1])
         door.server = server
