@@ -111,9 +111,9 @@ class LoraWorld(World):
         return engine
 
     def copies(self) -> set[str]:
-        """Directories of adapters that vLLMs see."""
+        """Directories of adapters that vLLMs see; what is being written or removed has a hidden name."""
         home = self.directory / "loras" / "default--base"
-        return {path.name for path in home.iterdir()} if home.is_dir() else set()
+        return {path.name for path in home.glob("[!.]*")}
 
 
 def count_looks(engine: FakeEngine) -> list[None]:
