@@ -139,22 +139,12 @@ class Containers(Protocol):
         """
         ...
 
-    async def create(self, launch: Launch) -> str:
-        """Make a container and return its id. Raises NameTaken, ImageNotFound.
-
-        Prefer `run`, which leaves nothing behind when it fails.
-        """
-        ...
-
-    async def start(self, container_id: str) -> Container:
-        """Start it and read it back, with its port. Raises GpuRuntimeMissing, GpuUnavailable, DockerError."""
-        ...
-
     async def run(self, launch: Launch) -> Container:
         """Create and start, or leave nothing behind: neither when the start fails (that error is raised, not what the
         clean-up met), nor when cancelled (it returns at once, the rest happens behind it).
 
-        Limits that this machine refuses are left out, with a warning in the log.
+        Limits that this machine refuses are left out, with a warning in the log. Raises NameTaken, ImageNotFound,
+        GpuRuntimeMissing, GpuUnavailable, DockerError.
         """
         ...
 

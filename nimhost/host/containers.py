@@ -154,13 +154,6 @@ class DockerContainers:
 
     # --- one container ---------------------------------------------------------------------------------------------
 
-    async def create(self, launch: Launch) -> str:
-        body = container_body(launch)
-        return await self._call(lambda client: _create(client, launch.name, body), image=launch.spec.image)
-
-    async def start(self, container_id: str) -> Container:
-        return await self._call(lambda client: _start(client, container_id))
-
     async def run(self, launch: Launch) -> Container:
         def made(client: APIClient, limits: Mapping[str, int]) -> str:
             return _create(client, launch.name, container_body(replace(launch, ulimits=dict(limits))))

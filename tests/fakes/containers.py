@@ -203,7 +203,7 @@ class FakeContainers:
                 raise RegistryUnavailable(f"Image {name}: no progress for {quiet_s:.0f} s", "Check the connection")
         await asyncio.sleep(0)
 
-    async def create(self, launch: Launch) -> str:
+    async def _create(self, launch: Launch) -> str:
         await self._call("create")
         spec, name = launch.spec, launch.name
         if self.create_error:
@@ -224,7 +224,7 @@ class FakeContainers:
         self._emit("create", self.containers[seen.id])
         return seen.id
 
-    async def start(self, container_id: str) -> Container:
+    async def _start(self, container_id: str) -> Container:
         await self._call("start")
         container = self._existing(container_id)
         await self.start_held.wait()
@@ -251,9 +251,9 @@ class FakeContainers:
     async def run(self, launch: Launch) -> Container:
         refused = launch.ulimits.keys() & self.refused_limits
         allowed = {name: value for name, value in launch.ulimits.items() if name not in refused}
-        container_id = await self.create(replace(launch, ulimits=allowed))
+        container_id = await self._create(replace(launch, ulimits=allowed))
         try:
-            started = await self.start(container_id)
+            started = await self._start(container_id)
         except BaseException:
             await self._remove(container_id)
             raise

@@ -242,19 +242,6 @@ async def test_log_tail_is_only_the_last_lines(world: World) -> None:
     assert await world.containers.log_tail(container.id, lines=1) == "second\n"
 
 
-async def test_restarted_container_has_its_new_port(world: World) -> None:
-    container = await world.run("serve")
-    await world.containers.stop(container.id, timeout_s=5)
-    assert (await world.seen(container.id)).port is None
-
-    again = await world.containers.start(container.id)
-
-    assert again.state == "running"
-    assert again.port
-    assert (await world.seen(container.id)).port == again.port
-    assert again.started_at > container.started_at
-
-
 async def test_stop_ends_it_and_keeps_it(world: World) -> None:
     container = await world.run("serve")
     await world.containers.stop(container.id, timeout_s=5)
@@ -358,7 +345,7 @@ def docker_left(world: World) -> Callable[[], Awaitable[list[Container]]]:
 @pytest.mark.fault(21)
 async def test_engine_that_is_away_is_said_to_be_with_a_hint(world: World) -> None:
     away = world.away()
-    calls = [away.facts(), away.list(), away.image("x"), away.start("x"), away.stop("x", 1), away.remove("x")]
+    calls = [away.facts(), away.list(), away.image("x"), away.stop("x", 1), away.remove("x")]
     for call in [*calls, anext(away.events()), away.pull("x", None, lambda _: None)]:
         with pytest.raises(DockerUnavailable) as caught:
             await call
