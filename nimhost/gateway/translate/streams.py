@@ -6,6 +6,7 @@ all that could be translated, and nothing more will come.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-class Stream:
+class Stream(ABC):
     def __init__(self) -> None:
         self.ended = False
         """What says "this was all" has come."""
@@ -49,9 +50,9 @@ class Stream:
 
     # --- for those that know a format
 
+    @abstractmethod
     def _take(self, data: bytes) -> None:
         """One event. Raises UpstreamError if it cannot be understood."""
-        raise NotImplementedError
 
     def _finish(self) -> None:
         """Nothing comes any more, although nothing said so."""
