@@ -94,7 +94,8 @@ async def test_files_of_containers_that_are_gone_are_swept_at_the_next_start(tmp
             path.write_text("x")
         gone.with_name("template.jinja.77.tmp").write_text("half")
         spec = ContainerSpec(image=IMAGE, probe=Probe("/health"), mounts=(Mount(str(kept), "/t"),))
-        await world.docker.create(Launch(spec=spec, name="stopped-or-not"))
+        stopped = await world.docker.run(Launch(spec=spec, name="stopped"))
+        await world.docker.stop(stopped.id, 1)
         await world.restart()
         assert [path.exists() for path in (kept, gone, other)] == [True, False, False]
         assert sorted(path.name for path in (tmp_path / "container-files").iterdir()) == ["a1"]
