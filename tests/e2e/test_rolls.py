@@ -175,13 +175,16 @@ def test_a_version_that_crashes_goes_back_to_the_one_before_by_itself(
     wait_until(lambda: len(containers(docker_engine, daemon, every=True)) == 1, 20)
 
 
+LONG_PAUSE = {"NIMHOST_DEPLOYMENTS__RESTART_BACKOFF_S": "2"}
+SLOW_TO_START = {"FAKE_FAULTS": json.dumps({"ready_delay_s": 2})}
 STAGES = {
-    "beside": (2, {"ready_delay_s": 2}, "Serving the previous version while the new one starts. Container created"),
-    "given way": (1, {"ready_delay_s": 2}, "Container created and starting"),
-    "in its pause": (1, {"crash_exit_code": 3}, "Trying again at"),
-    "going back": (1, {"crash_exit_code": 3}, "Going back to the previous version"),
-    "failed": (2, {"crash_exit_code": 3}, "the new one failed"),
+    "beside": (2, {}, {"ready_delay_s": 2}, "Serving the previous version while the new one starts. Container created"),
+    "given way": (1, {}, {"ready_delay_s": 2}, "Container created and starting"),
+    "in its pause": (1, {}, {"crash_exit_code": 3}, "Trying again at"),
+    "going back": (1, SLOW_TO_START, {"crash_exit_code": 3}, "Going back to the previous version"),
+    "failed": (2, {}, {"crash_exit_code": 3}, "the new one failed"),
 }
+"""GPUs, environment of the old version, faults of the new one, what is said meanwhile."""
 
 
 @pytest.mark.fault(4)
@@ -192,9 +195,10 @@ STAGES = {
 def test_kill_9_in_the_middle_of_a_roll(
     make_daemon: MakeDaemon, gpu_requests: None, docker_engine: docker.DockerClient, fake_engine_image: str, stage: str
 ) -> None:
-    gpus, faults, words = STAGES[stage]
-    daemon = make_daemon(**QUICK, **({"NIMHOST_GPUS__SIMULATED": ONE_GPU} if gpus == 1 else {}))
-    daemon.deploy("one", fake_engine_image)
+    gpus, old, faults, words = STAGES[stage]
+    machine = {"NIMHOST_GPUS__SIMULATED": ONE_GPU} if gpus == 1 else {}
+    daemon = make_daemon(**QUICK, **machine, **(LONG_PAUSE if stage == "in its pause" else {}))
+    daemon.deploy("one", fake_engine_image, additional_envs=old)
     daemon.wait("one", "READY")
     update(daemon, ["--max-model-len", "1024"], **faults)
     daemon.wait_message("one", words)
