@@ -31,7 +31,8 @@ def listen(server: ServerSettings, has_tokens: bool) -> socket.socket:
     no token to let them in with.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+        family, kind, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)  # `localhost` may have both
         if not has_tokens and not is_loopback(str(address[0])):
             raise StartError(
                 f"{server.host} can be reached from other machines, and there is no API token to let them in with.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import time
 import tracemalloc
@@ -119,6 +120,15 @@ def test_an_address_for_other_machines_takes_a_token(host: str, place: str) -> N
         listen(ServerSettings(host=host, port=0, data_dir=place), has_tokens=False)
     command = "nimhost tokens create NAME --scope admin"
     assert (f"NIMHOST_SERVER__DATA_DIR={place} {command}" if place else f"one: {command}") in (caught.value.hint or "")
+
+
+def test_localhost_is_where_clients_look_for_it_whatever_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian says ::1 first: nobody would be at 127.0.0.1."""
+    addresses = [(socket.AF_INET6, ("::1", 0, 0, 0)), (socket.AF_INET, ("127.0.0.1", 0))]
+    found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with listen(ServerSettings(host="localhost", port=0), has_tokens=False) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
 
 
 def test_with_a_token_it_listens_and_on_loopback_it_needs_none() -> None:
@@ -408,7 +418,7 @@ async def test_two_thousand_idle_connections_cost_little_and_harm_nobody() -> No
 
 def test_the_limit_leaves_files_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(listening.resource, "setrlimit", lambda _, limits: asked.append(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
     for soft, hard, limit_, wanted in (
         (1024, 4096, 1920, (4096, 4096)),
         (1024, 1 << 20, 10_000, (20_256, 1 << 20)),
@@ -418,6 +428,6 @@ def test_the_limit_leaves_files_for_the_rest(monkeypatch: pytest.MonkeyPatch) ->
         (100, 100, 16, None),
     ):
         asked.clear()
-        monkeypatch.setattr(listening.resource, "getrlimit", lambda _, found=(soft, hard): found)
+        monkeypatch.setattr(resource, "getrlimit", lambda _, found=(soft, hard): found)
         assert listening.raise_limit() == limit_
         assert asked == ([wanted] if wanted else [])
