@@ -76,7 +76,12 @@ class App:
         """As the gateway waits: nobody reads, the cycle tells when the client leaves."""
         task = asyncio.current_task()
         assert task
-        scope["extensions"][DIRECT].watch(lambda: (self.left.append(scope["path"]), task.cancel()))
+
+        def leave() -> None:
+            self.left.append(scope["path"])
+            task.cancel()
+
+        scope["extensions"][DIRECT].watch(leave)
         await self.go.wait()
         scope["extensions"][DIRECT].watch(None)
 
@@ -229,6 +234,14 @@ async def test_what_is_not_spoken_here(app: App, line: bytes, status: int) -> No
 async def test_paths_in_all_their_forms(app: App, target: bytes, path: str) -> None:
     assert (await app.ask(b"GET %b HTTP/1.1\r\n%b\r\n" % (target, LAST))).startswith(OK)
     assert app.paths == [path]
+
+
+async def test_who_speaks_http_1_0_is_not_told_to_go_on(app: App) -> None:
+    """It would take that for the answer (RFC 9110, 10.1.1)."""
+    reader, writer = await app.connect(b"POST /read HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+    await eventually(lambda: app.paths)
+    writer.write(b"ab")
+    assert (await reader.read()).startswith(OK)
 
 
 # --- another protocol ------------------------------------------------------------------------------------------------
@@ -422,7 +435,7 @@ async def test_who_does_not_read_its_reply_is_not_waited_for_once_it_is_to_be_cl
     limit(REPLY_STUCK_S=0.3)
     reader, writer = await app.connect(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     await reader.readuntil(END)
-    writer.transport.pause_reading()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
     writer.write(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path * 200 + b"GET / HTTP/1.1\r\n%b\r\n" % LAST)
     await eventually(lambda: app.count() == 0, 20)
     writer.transport.abort()

@@ -23,6 +23,8 @@ MOST_MEMBERS = 1000
 """Of a JSON body, at its top level: 50 MB could be six million, and the loop would stand still for seconds."""
 COUNTED_BYTES = 65_536
 """From here on members are counted; a shorter body is read within a millisecond or two, whatever is in it."""
+MOST_VALUES = 200_000
+"""Of a JSON body that is translated, at all its levels: each can take thirty times its bytes in memory."""
 LOOKED_AT_BYTES = 4096
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that others wrote."""
@@ -34,6 +36,8 @@ _name = msgspec.json.Decoder(str)
 _NAMED = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.){1,1024}")')
 _encode = msgspec.json.Encoder().encode
 _MODEL_HEAD = b'\r\nContent-Disposition: form-data; name="model"\r\n\r\n'
+_STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|([,\[{])', re.DOTALL)
+"""Of JSON: its texts are passed over, and before each value stands one of the others."""
 _BOUNDARY = re.compile(rb'boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.IGNORECASE)
 _MODEL_PART = re.compile(rb'content-disposition:[^\r\n]*;\s*name="?model"?\s*(?:[;\r]|$)', re.IGNORECASE)
 
@@ -159,6 +163,16 @@ def _read_members(body: bytes) -> dict[str, Raw]:
 
     members: dict[str, Raw] = msgspec.json.Decoder(dict[_Name, Raw], dec_hook=count).decode(body)  # type: ignore[assignment]
     return members
+
+
+def check_values(body: JsonBody) -> None:
+    """Before it is decoded at all its levels. Raises BodyTooLarge if it has too many values. Slow for large bodies."""
+    raw = body.raw
+    if len(raw) <= MOST_VALUES or sum(map(raw.count, (b",", b"[", b"{"))) <= MOST_VALUES:
+        return
+    values = (found for found in _STRUCTURE.finditer(raw) if found.lastindex)
+    if next(itertools.islice(values, MOST_VALUES, None), None):
+        raise BodyTooLarge(f"The body has more than {MOST_VALUES:,} values.", "Put what is for the model into texts.")
 
 
 def unreadable(error: Exception) -> BadRequest:

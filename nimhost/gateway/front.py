@@ -216,7 +216,7 @@ class ClientConnection(asyncio.Protocol):
         self._head_bytes, self._in_body = 0, True
         self._disarm()
         self._room.work(self)
-        self._cycle = cycle = Cycle(self, scope["method"], version, awaits_100=self._awaits_100)
+        self._cycle = cycle = Cycle(self, scope["method"], version, awaits_100=self._awaits_100 and version != "1.0")
         cycle.keep_alive = version != "1.0" and parser.should_keep_alive()
         scope["http_version"], scope["extensions"] = version, {DIRECT: cycle}
         if before is None or before.complete:

@@ -13,9 +13,10 @@ _HOP_BY_HOP = frozenset(
     b"transfer-encoding upgrade".split()
 )
 _NOT_SENT = _HOP_BY_HOP | frozenset(
-    b"host authorization cookie x-api-key content-length expect forwarded x-real-ip x-request-id".split()
+    b"host authorization cookie x-api-key content-length expect forwarded x-real-ip x-request-id origin referer".split()
 )
-_NOT_SENT_PREFIXES = (b"x-nmp-", b"x-forwarded-")
+"""Which web pages may ask is decided here: Anthropic's API, Ollama or another nimhost would refuse them again."""
+_NOT_SENT_PREFIXES = (b"x-nmp-", b"x-forwarded-", b"sec-fetch-")
 _NOT_RETURNED = _HOP_BY_HOP | {b"date", b"x-nimhost-overhead-ms"}
 REQUEST_ID = b"x-request-id"
 OVERHEAD = b"x-nimhost-overhead-ms"
@@ -24,7 +25,7 @@ COMPRESSION = frozenset({b"accept-encoding"})
 NOTHING: frozenset[bytes] = frozenset()
 MOST_KNOWN, LONGEST_KNOWN_BYTES = 1024, 100
 _NAMES_NOTHING = frozenset({b"keep-alive", b"Keep-Alive", b"close", b"Close", b""})
-"""What nearly every client has in `Connection`."""
+"""What nearly everybody has in `Connection`."""
 
 
 class _Names(dict[bytes, bytes]):
@@ -77,16 +78,21 @@ def request_headers(
     return b"".join(sent)
 
 
-def _end_to_end(client: Iterable[tuple[bytes, bytes]]) -> RawHeaders:
-    """Without `Connection` and the headers that it names: they are for us, not for whom we ask (RFC 9110, 7.6.1)."""
-    pairs = list(client)
+def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> RawHeaders:
+    """Without `Connection` and the headers that it names: they end here (RFC 9110, 7.6.1)."""
+    pairs = [(name.lower(), value) for name, value in headers]
     named = {word.strip().lower() for name, value in pairs if name == b"connection" for word in value.split(b",")}
     return [pair for pair in pairs if pair[0] not in named and pair[0] != b"connection"]
 
 
 def reply_headers(upstream: Iterable[tuple[bytes, bytes]], request_id: bytes) -> RawHeaders:
     """What the client gets: everything but hop-by-hop headers and the date, which is ours."""
-    kept = [(name, value) for raw, value in upstream if (name := _returned[raw])]
+    kept = []
+    for raw, value in upstream:
+        if name := _returned[raw]:
+            kept.append((name, value))
+        elif value not in _NAMES_NOTHING and raw.lower() == b"connection":
+            return reply_headers(_end_to_end(upstream), request_id)
     if find(kept, REQUEST_ID) is None:
         kept.append((REQUEST_ID, request_id))
     return kept

@@ -66,7 +66,7 @@ async def read_for_provider(caller: Caller, route: Route, *, may_stream: bool) -
 
     Raises BodyTooLarge for what should be looked at and is too much to."""
     absent = route.upstream.absent
-    if (route.merges or may_stream or absent) and b"json" in caller.fields.get(b"content-type", b"json"):
+    if (route.merges or may_stream or absent) and b"json" in caller.fields.get(b"content-type", b"json").lower():
         body = await _read(caller)
         try:
             read = read_json(body)

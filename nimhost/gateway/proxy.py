@@ -24,10 +24,10 @@ from nimhost.gateway.cycle import Receive, Scope, Send
 from nimhost.gateway.deadlines import Deadlines
 from nimhost.gateway.exchange import ClientLeft, Exchange
 from nimhost.gateway.headers import COMPRESSION, NOTHING, OVERHEAD, find, reply_headers, request_headers
-from nimhost.gateway.incoming import LARGE_BYTES, AnyBody, read_for_model, read_for_provider, read_with_model
+from nimhost.gateway.incoming import AnyBody, read_for_model, read_for_provider, read_with_model
 from nimhost.gateway.keepalive import KeepAlive, goes_on, tell_instead
 from nimhost.gateway.paths import Place, parse_place
-from nimhost.gateway.replies import model_card, model_list, ready_note
+from nimhost.gateway.replies import METHODS, model_card, model_list, ready_note
 from nimhost.gateway.requestlog import BODY_BYTES, SHOWN_LENGTH
 from nimhost.gateway.routes import HOP, Route, RouteTable, Target
 from nimhost.gateway.scrape import Scrape, scrape
@@ -38,10 +38,12 @@ from nimhost.gateway.upstream import Body, ConnectionBroken, NothingSent, Reply,
 from nimhost.refs import Ref
 
 BODY_LIMIT_BYTES = 50_000_000
+IN_THREAD_BYTES = 262_144
+"""A body of that size is not translated on the loop: it takes milliseconds."""
 REFUSAL_BYTES, REFUSAL_LENGTH = 16_384, 500
 """So much of a provider's refusal is read, and shown: a key that stands at the end of what is shown is seen whole."""
 _HOP = HOP.encode()
-_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
+_METHODS = frozenset(METHODS)
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 Targets = tuple[Target, ...]
@@ -318,7 +320,7 @@ class Gateway:
 
 
 async def _interpreter(needed: Translation, caller: Caller, body: JsonBody, target: Target) -> Interpreter:
-    if len(body.raw) < LARGE_BYTES:
+    if len(body.raw) < IN_THREAD_BYTES:
         return Interpreter(needed, caller, body, target)
     return await asyncio.to_thread(Interpreter, needed, caller, body, target)
 

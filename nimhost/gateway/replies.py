@@ -8,11 +8,21 @@ from functools import cache
 
 import msgspec
 
-from nimhost.errors import ERROR_HEADER, NimhostError, NotReady, Unauthorized, UpstreamTimeout, status_of
+from nimhost.errors import (
+    ERROR_HEADER,
+    MethodNotAllowed,
+    NimhostError,
+    NotReady,
+    Unauthorized,
+    UpstreamTimeout,
+    status_of,
+)
 from nimhost.gateway.headers import RawHeaders
 from nimhost.gateway.translate.errors import anthropic_error, openai_error
 from nimhost.refs import Ref
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+"""That the gateway passes on."""
 ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 
 
@@ -28,6 +38,8 @@ def error_reply(error: NimhostError, path: str) -> tuple[int, RawHeaders, bytes]
         headers.append((b"retry-after", b"%d" % error.retry_after_s))
     if isinstance(error, Unauthorized):
         headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", ", ".join(METHODS).encode()))
     if _retry_is_harmful(error):
         headers.append((b"x-should-retry", b"false"))
     return status, headers, msgspec.json.encode(body)

@@ -122,16 +122,18 @@ class UpstreamPool:
     # --- new ones
 
     async def _connect(self, origin: Origin) -> UpstreamConnection:
-        """Raises OSError, the last address's if there are several."""
+        """Raises OSError, the last address's if there are several: one that never answers takes half of the time."""
         loop = asyncio.get_running_loop()
         trust, name = (await self._tls(), origin.host) if origin.secure else (None, None)
         addresses = await self._resolve(origin.host)
+        timeout_s = self._connect_timeout_s / min(len(addresses), 2)
         for address in tuple(addresses):
             try:
-                _, connection = await loop.create_connection(
-                    lambda: UpstreamConnection(loop, origin, self._free, self._lost),
-                    address, origin.port, ssl=trust, server_hostname=name,
-                )  # fmt: skip
+                async with asyncio.timeout(timeout_s):
+                    _, connection = await loop.create_connection(
+                        lambda: UpstreamConnection(loop, origin, self._free, self._lost),
+                        address, origin.port, ssl=trust, server_hostname=name,
+                    )  # fmt: skip
             except OSError as error:
                 problem = error
                 addresses.remove(address)
@@ -143,11 +145,12 @@ class UpstreamPool:
         raise problem
 
     async def _resolve(self, host: str) -> list[str]:
-        """At least one address. Raises OSError."""
+        """At least one address, the one that answered last before others. Raises OSError."""
         loop = asyncio.get_running_loop()
         until, addresses = self._addresses.get(host, (0.0, []))
         if loop.time() >= until:
-            addresses = await _addresses_of(host)
+            first = addresses[:1]
+            addresses = sorted(await _addresses_of(host), key=lambda address: address not in first)
             self._addresses[host] = (loop.time() + ADDRESS_TTL_S, addresses)
         return addresses
 

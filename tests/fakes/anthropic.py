@@ -117,7 +117,7 @@ def _block_events(index: int, block: Json) -> list[bytes]:
         start = block | {"thinking": "", "signature": ""}
         deltas = [{"type": "thinking_delta", "thinking": t} for t in _cut(block["thinking"])]
         deltas.append({"type": "signature_delta", "signature": block["signature"]})
-    elif block["type"] == "tool_use":
+    elif block["type"] in ("tool_use", "server_tool_use"):
         text = json.dumps(block["input"]) if block["input"] else ""
         start = block | {"input": {}}
         deltas = [{"type": "input_json_delta", "partial_json": t} for t in ("", *_cut(text))]

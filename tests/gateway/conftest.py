@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -165,3 +166,15 @@ def engine_upstream(engine: FakeEngine, name: str = "p", **changes: Any) -> Upst
         "served": (ServedModel("default/qwen", engine.served[0]),),
     }
     return Upstream(**fields | changes)
+
+
+@contextmanager
+def unanswering(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """The port where attempts to connect are neither accepted nor refused, as by a firewall."""
+    with contextlib.ExitStack() as sockets:
+        full = sockets.enter_context(socket.create_server((host, port), backlog=0))
+        for _ in range(4):
+            one = sockets.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        yield full.getsockname()[1]

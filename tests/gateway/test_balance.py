@@ -37,8 +37,8 @@ BUSY, FREE, OPEN = "busy", "free", "open"
     ],
 )  # fmt: skip
 def test_choice(candidates: list[tuple[int, str]], chosen: int) -> None:
-    made = {BUSY: lambda: standing(3), FREE: standing, OPEN: lambda: standing(failures=OPEN_AFTER)}
-    assert choose([(priority, made[how]()) for priority, how in candidates], 1.0) == chosen
+    made = {BUSY: standing(3), FREE: standing(), OPEN: standing(failures=OPEN_AFTER)}
+    assert choose([(priority, made[how]) for priority, how in candidates], 1.0) == chosen
 
 
 def test_circuit_opens_after_failures_in_a_row_only() -> None:

@@ -331,9 +331,9 @@ async def test_slow_stream_may_take_longer_than_every_limit(hasty: Door, engine:
 async def test_slow_reader_is_not_the_engines_fault(hasty: Door, engine: FakeEngine) -> None:
     engine.faults = Faults(chunks=3_000, chunk_bytes=10_000)
     reader, writer = await hasty.open("POST", CHAT_PATH, STREAM)
-    writer.transport.pause_reading()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
     await asyncio.sleep(0.6)
-    writer.transport.resume_reading()
+    writer.transport.resume_reading()  # type: ignore[attr-defined]
     reply = Reply(await reader.read())
     writer.close()
     assert reply.whole
@@ -347,7 +347,7 @@ async def test_slow_reader_is_not_the_engines_fault(hasty: Door, engine: FakeEng
 async def test_reader_that_does_not_read_stops_the_engine_and_not_our_memory(door: Door, engine: FakeEngine) -> None:
     engine.faults = Faults(chunks=20_000, chunk_bytes=10_000)
     _, writer = await door.open("POST", CHAT_PATH, STREAM)
-    writer.transport.pause_reading()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
     await eventually(lambda: engine.pieces_sent > 10)
 
     async def stands_still() -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from nimhost.gateway.bodies import COUNTED_BYTES, name_in, read_json
+from nimhost.gateway.bodies import COUNTED_BYTES, MOST_VALUES, name_in, read_json
 from nimhost.gateway.headers import request_headers
 from nimhost.gateway.routes import Route, Upstream, build_table
 from nimhost.refs import Ref
@@ -68,6 +69,28 @@ async def test_json_with_fields_without_end_is_413_and_reaches_nobody(
     assert not engine.requests
 
 
+@pytest.mark.fault(40)
+@pytest.mark.parametrize("value", [b"{}", b'["a,{["]', b'{"a": 1}', b"1"])
+@pytest.mark.parametrize("place", [b'"messages": [%b]', b'"messages": [], "metadata": {"x": {"y": [%b]}}'])
+async def test_json_with_values_without_end_is_not_translated(
+    door: Door, engine: FakeEngine, place: bytes, value: bytes
+) -> None:
+    """Fifty megabytes of them were seconds of work, and gigabytes of memory."""
+    body = b'{"model": "qwen", %b}' % place % b",".join([value] * MOST_VALUES)
+    reply = await door.ask("POST", "/v1/messages", body, JSON)
+    assert (reply.status, reply.headers["x-nimhost-error"]) == (413, "BodyTooLarge")
+    assert "more than 200,000 values. Put" in reply.json()["error"]["message"]
+    assert not engine.requests
+
+
+async def test_a_long_text_is_translated_whatever_is_in_it(door: Door, engine: FakeEngine) -> None:
+    text = ',[{"\\' * MOST_VALUES
+    body = {"model": "qwen", "max_tokens": 5, "messages": [{"role": "user", "content": text}]}
+    reply = await door.ask("POST", "/v1/messages", json.dumps(body).encode(), JSON)
+    assert reply.status == 200
+    assert json.loads(engine.requests[-1].body)["messages"] == body["messages"]
+
+
 async def test_a_large_body_keeps_every_field_but_the_model_s_name(door: Door, engine: FakeEngine) -> None:
     door.route(engine_upstream(engine, policy="generic", default_body={"x": 1, "k1": 2}, required_body={"y": 2}))
     fields = {"model": "qwen", "messages": [], "text": "é" * COUNTED_BYTES, "y": 1, **{f"k{i}": i for i in range(900)}}
@@ -90,12 +113,19 @@ async def test_json_that_is_nested_too_deeply_to_be_translated_is_400(door: Door
 
 @pytest.mark.parametrize("extra", [{}, {"default_body": {"x": 1}}], ids=["streamed", "looked-at"])
 async def test_the_provider_route_passes_on_whatever_it_cannot_read(
-    door: Door, engine: FakeEngine, extra: dict[str, object]
+    door: Door, engine: FakeEngine, extra: dict[str, Any]
 ) -> None:
     door.route(engine_upstream(engine, policy="generic", **extra))
     body = b'{"model": %b}' % DEEP
     await door.ask("POST", f"{PROVIDER_ROUTE}/v1/infer", body, JSON)
     assert engine.requests[-1].body == body
+
+
+@pytest.mark.parametrize("kind", ["Application/JSON", "application/problem+JSON; charset=utf-8"])
+async def test_json_is_json_in_capitals_too(door: Door, engine: FakeEngine, kind: str) -> None:
+    door.route(engine_upstream(engine, policy="generic", required_body={"x": 1}))
+    await door.ask("POST", f"{PROVIDER_ROUTE}/v1/infer", b"{}", [f"Content-Type: {kind}"])
+    assert json.loads(engine.requests[-1].body) == {"x": 1}
 
 
 def test_a_model_that_is_no_text_has_no_name() -> None:
@@ -189,8 +219,8 @@ async def test_a_get_with_a_body_that_names_its_model_is_carried(door: Door, eng
 # --- headers
 
 
-def route(**more: object) -> Route:
-    upstream = Upstream(provider=Ref("default", "p"), base_url="http://x", **more)  # type: ignore[arg-type]
+def route(**more: Any) -> Route:
+    upstream = Upstream(provider=Ref("default", "p"), base_url="http://x", **more)
     return build_table([upstream]).provider("default", "p").route
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import socket
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +14,7 @@ from nimhost.config import Gateway as GatewaySettings
 from nimhost.gateway.incoming import LARGE_BYTES
 from nimhost.gateway.translate.pairs import NEEDED
 from tests.fakes.engine import FakeEngine, Faults
-from tests.gateway.conftest import Door, G, Reply, engine_upstream, open_door
+from tests.gateway.conftest import Door, G, Reply, engine_upstream, open_door, unanswering
 from tests.support import eventually
 
 ROUTES = {
@@ -134,13 +132,8 @@ async def test_an_engine_stays_while_a_large_request_for_it_is_translated(
 
 async def test_who_stands_in_for_another_is_asked_where_it_is_by_then(engine: FakeEngine, newer: FakeEngine) -> None:
     """The table changes while the first one is waited for."""
-    with contextlib.ExitStack() as sockets:
-        full = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(4):
-            one = sockets.enter_context(socket.socket())
-            one.setblocking(False)
-            one.connect_ex(full.getsockname())
-        silent = engine_upstream(engine, "p", base_url=f"http://127.0.0.1:{full.getsockname()[1]}")
+    with unanswering() as port:
+        silent = engine_upstream(engine, "p", base_url=f"http://127.0.0.1:{port}")
         async with open_door(GatewaySettings(connect_timeout_s=0.3)) as door:
             for then, status in ((newer, 200), (None, 504)):
                 door.route(silent, engine_upstream(engine, "q"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import openai
 import pytest
@@ -12,7 +13,7 @@ from tests.fakes.engine import FakeEngine, Faults
 from tests.gateway.conftest import Door, G, engine_upstream
 from tests.support import eventually
 
-HELLO = [{"role": "user", "content": "Hello!"}]
+HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
 TEXT = "Hello from a as qwen-served: Hello!"
 
 
@@ -26,18 +27,19 @@ async def client(door: Door, engine: FakeEngine, request: pytest.FixtureRequest)
 
 @pytest.mark.parametrize("model", ["qwen", "default/qwen"])
 async def test_chat(client: openai.AsyncOpenAI, model: str) -> None:
-    answer = await client.chat.completions.create(model=model, messages=HELLO)  # type: ignore[arg-type]
+    answer = await client.chat.completions.create(model=model, messages=HELLO)
     assert answer.choices[0].message.content == TEXT
     assert answer.usage
     assert answer.usage.completion_tokens > 0
 
 
 async def test_chat_as_a_stream(client: openai.AsyncOpenAI) -> None:
-    stream = await client.chat.completions.create(  # type: ignore[call-overload]
+    stream = await client.chat.completions.create(
         model="qwen", messages=HELLO, stream=True, stream_options={"include_usage": True}
     )
     chunks = [chunk async for chunk in stream]
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices).strip() == TEXT
+    assert chunks[-1].usage
     assert chunks[-1].usage.prompt_tokens == 1
 
 
@@ -55,7 +57,7 @@ async def test_models(client: openai.AsyncOpenAI) -> None:
 
 async def test_unknown_model_is_not_found_at_once(client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="Did you mean default/qwen") as caught:
-        await client.chat.completions.create(model="qwne", messages=HELLO)  # type: ignore[arg-type]
+        await client.chat.completions.create(model="qwne", messages=HELLO)
     assert caught.value.code == "not_found"
 
 
@@ -65,7 +67,7 @@ async def test_model_that_is_not_ready_fails_at_once(
     door.route(engine_upstream(engine, ready=False, message="loading weights"))
     async with asyncio.timeout(0.4):  # the client would wait longer before its first retry
         with pytest.raises(openai.InternalServerError, match="loading weights") as caught:
-            await client.chat.completions.create(model="qwen", messages=HELLO)  # type: ignore[arg-type]
+            await client.chat.completions.create(model="qwen", messages=HELLO)
     assert caught.value.status_code == 503
 
 
@@ -74,7 +76,7 @@ async def test_stream_that_breaks_off_is_an_error_for_the_client(
     client: openai.AsyncOpenAI, engine: FakeEngine
 ) -> None:
     engine.faults = Faults(drop_after_chunks=3)
-    stream = await client.chat.completions.create(model="qwen", messages=HELLO, stream=True)  # type: ignore[call-overload]
+    stream = await client.chat.completions.create(model="qwen", messages=HELLO, stream=True)
     with pytest.raises(openai.APIError, match="broke off"):
         async for _ in stream:
             pass
@@ -83,7 +85,7 @@ async def test_stream_that_breaks_off_is_an_error_for_the_client(
 @pytest.mark.fault(25)
 async def test_stream_that_the_client_closes_ends_at_the_engine(client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     engine.faults = Faults(chunks=10_000, chunk_delay_s=0.01)
-    stream = await client.chat.completions.create(model="qwen", messages=HELLO, stream=True)  # type: ignore[call-overload]
+    stream = await client.chat.completions.create(model="qwen", messages=HELLO, stream=True)
     async for _ in stream:
         break
     await stream.close()
@@ -95,8 +97,8 @@ async def test_synchronous_client(door: Door, engine: FakeEngine) -> None:
 
     def chat() -> tuple[str | None, str]:
         with openai.OpenAI(base_url=f"{door.url}/v1", api_key="x") as client:
-            whole = client.chat.completions.create(model="qwen", messages=HELLO)  # type: ignore[arg-type]
-            stream = client.chat.completions.create(model="qwen", messages=HELLO, stream=True)  # type: ignore[call-overload]
+            whole = client.chat.completions.create(model="qwen", messages=HELLO)
+            stream = client.chat.completions.create(model="qwen", messages=HELLO, stream=True)
             return whole.choices[0].message.content, "".join(c.choices[0].delta.content or "" for c in stream)
 
     whole, streamed = await asyncio.to_thread(chat)

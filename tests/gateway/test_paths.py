@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nimhost.errors import BadRequest, Forbidden, NimhostError, NotFound
-from nimhost.gateway.paths import VLLM_PATHS, Place, is_gateway_path, parse_place, target_url
+from nimhost.gateway.paths import VLLM_PATHS, Place, Policy, is_gateway_path, parse_place, target_url
 
 G = "/apis/inference-gateway/v2/workspaces"
 ENGINE = "http://127.0.0.1:9"
@@ -74,8 +74,8 @@ def test_url_as_long_as_a_client_likes() -> None:
 
 @pytest.mark.parametrize("path", sorted(VLLM_PATHS))
 @pytest.mark.parametrize("policy", ["vllm", "nim", "generic"])
-def test_every_inference_path_is_let_through(policy: str, path: str) -> None:
-    assert target_url(ENGINE, policy, path[1:]) == ENGINE + path  # type: ignore[arg-type]
+def test_every_inference_path_is_let_through(policy: Policy, path: str) -> None:
+    assert target_url(ENGINE, policy, path[1:]) == ENGINE + path
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ CONTROL = [
 @pytest.mark.fault(33)
 @pytest.mark.parametrize("tail", CONTROL)
 @pytest.mark.parametrize("policy", ["vllm", "nim", "generic"])
-def test_control_endpoint_is_refused_however_it_is_written(policy: str, tail: str) -> None:
+def test_control_endpoint_is_refused_however_it_is_written(policy: Policy, tail: str) -> None:
     with pytest.raises(Forbidden) as refused:
-        target_url(ENGINE, policy, tail)  # type: ignore[arg-type]
+        target_url(ENGINE, policy, tail)
     assert refused.value.final
 
 
@@ -127,9 +127,9 @@ def test_control_endpoint_is_refused_however_it_is_written(policy: str, tail: st
      "v1\\load_lora_adapter", "v1/load_lora_adapter\x00", "v1/models/..", "v1/\nsleep"],
 )  # fmt: skip
 @pytest.mark.parametrize("policy", ["vllm", "nim", "generic"])
-def test_path_that_servers_read_differently_is_refused(policy: str, tail: str) -> None:
+def test_path_that_servers_read_differently_is_refused(policy: Policy, tail: str) -> None:
     with pytest.raises(BadRequest):
-        target_url(ENGINE, policy, tail)  # type: ignore[arg-type]
+        target_url(ENGINE, policy, tail)
 
 
 @pytest.mark.fault(33)

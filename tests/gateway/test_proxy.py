@@ -71,8 +71,8 @@ async def test_model_route_adds_a_name_that_is_missing(door: Door, engine: FakeE
 
 
 async def test_extras_are_merged_default_client_required(door: Door, engine: FakeEngine) -> None:
-    extras = {"default_body": {"a": 1, "b": 1, "o": {"x": 1}}, "required_body": {"c": 3, "model": "qwen-served"}}
-    door.route(engine_upstream(engine, **extras))
+    default, required = {"a": 1, "b": 1, "o": {"x": 1}}, {"c": 3, "model": "qwen-served"}
+    door.route(engine_upstream(engine, default_body=default, required_body=required))
     for path, model in ((f"{PROVIDER}/v1/chat/completions", b"other"), (OPENAI, b"qwen")):
         await door.ask("POST", path, b'{"model":"%s","b":2,"c":2,"o":{"y":1}}' % model, JSON)
         assert engine.requests[-1].json() == {"model": "qwen-served", "a": 1, "b": 2, "c": 3, "o": {"y": 1}}
@@ -160,7 +160,8 @@ async def test_only_what_is_meant_for_the_engine_travels(door: Door, engine: Fak
         "traceparent: 00-1",
     ]
     dropped = ["Authorization: Bearer mine", "Cookie: a=b", "X-Api-Key: mine", "X-NMP-Principal-Id: me", "TE: trailers",
-               "X-Forwarded-For: 1.2.3.4", "Keep-Alive: 5", "Upgrade: h2c", "Expect: 100-continue"]  # fmt: skip
+               "X-Forwarded-For: 1.2.3.4", "Keep-Alive: 5", "Upgrade: h2c", "Expect: 100-continue",
+               "Origin: https://chat.lan", "Referer: https://chat.lan/a", "Sec-Fetch-Site: same-site"]  # fmt: skip
     await door.ask("POST", f"{PROVIDER}/v1/chat/completions", CHAT % b"qwen-served", kept + dropped + JSON)
     got = {name.lower(): value for name, value in engine.requests[-1].headers}
     own = {got.pop("x-request-id"), got.pop("host"), got.pop("content-length")}
@@ -213,7 +214,8 @@ async def test_every_method_passes(door: Door, engine: FakeEngine, method: str) 
 
 
 async def test_other_methods_are_405(door: Door, engine: FakeEngine) -> None:
-    assert (await door.ask("OPTIONS", f"{PROVIDER}/v1/models")).status == 405
+    reply = await door.ask("OPTIONS", f"{PROVIDER}/v1/models")
+    assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD, POST, PUT, PATCH, DELETE")
     assert not engine.requests
 
 

@@ -292,7 +292,8 @@ async def test_a_thousand_requests_are_told_in_steps() -> None:
     log = RequestLog()
     for number in range(1000):
         log.add(Record("POST", f"/{number}", b"id", 0.0))
-    events, found = follow(log, 0, [], lambda one: True), []
+    events = follow(log, 0, [], lambda one: True)
+    found: list[Any] = []
     while len(found) < 1000:
         piece = await asyncio.wait_for(anext(events), 5)
         assert piece.count(b"data: ") <= STEP

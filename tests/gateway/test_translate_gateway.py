@@ -115,7 +115,7 @@ async def test_tools_of_claude(chatter: openai.AsyncOpenAI, engine: FakeEngine, 
     calls = [(call.function.name, json.loads(call.function.arguments)) for call in said.tool_calls]
     assert calls == [("weather", {"city": "Paris"}), ("clock", {})]
 
-    results = [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in said.tool_calls]
+    results: list[Any] = [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in said.tool_calls]
     again = said.model_dump(exclude_none=True, exclude={"parsed": True, "tool_calls": {"__all__": {"function": {
         "parsed_arguments"}, "index": True}}})  # fmt: skip
     second = await chatter.chat.completions.create(messages=[*HELLO, again, *results], **asked)
@@ -326,7 +326,7 @@ def calling(request: Received) -> Reply:
         message = {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": calls}
         choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
         return Reply(200, frame | {"object": "chat.completion", "choices": [choice], "usage": usage})
-    deltas = [{"role": "assistant", "reasoning_content": "Hm."}]
+    deltas: list[Any] = [{"role": "assistant", "reasoning_content": "Hm."}]
     for index, call in enumerate(calls):
         deltas.append({"tool_calls": [{"index": index, **call, "function": {"name": names[index], "arguments": ""}}]})
         deltas += [

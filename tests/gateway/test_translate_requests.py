@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -499,7 +500,7 @@ def random_chat(rng: random.Random) -> Json:
 
 
 def random_parts(rng: random.Random) -> list[Json]:
-    makers = [
+    makers: list[Callable[[], Json]] = [
         lambda: text(words(rng)),
         lambda: {"type": "image_url", "image_url": {"url": f"data:image/webp;base64,{PNG}"}},
         lambda: {"type": "image_url", "image_url": {"url": f"https://x.org/{rng.random()}"}},

@@ -120,6 +120,20 @@ CHATS: dict[str, tuple[list[Json], Json]] = {
             ],
         },
     ),
+    "tools that all have the same number": (
+        [
+            chunk(tool(0, "{", id="t1", function={"name": "a"})),
+            chunk(tool(0, "}", id="t1")),
+            chunk(tool(0, "{}", id="t2", function={"name": "a"}), "tool_calls"),
+        ],
+        {
+            "content": None,
+            "tool_calls": [
+                {"id": "t1", "function": {"name": "a", "arguments": "{}"}},
+                {"id": "t2", "function": {"name": "a", "arguments": "{}"}},
+            ],
+        },
+    ),
 }  # fmt: skip
 
 
@@ -138,7 +152,9 @@ def folded_chat(out: bytes) -> Json:
 
 def folded_message(out: bytes) -> Json:
     """The message that the events tell; none may be out of order."""
-    kinds, found, content, pieces = [], {}, [], []
+    found: Json = {}
+    content: list[Json] = []
+    kinds, pieces = [], []
     for part in out.decode().split("\n\n")[:-1]:
         name, data = part.split("\n")
         event = json.loads(data.removeprefix("data: "))
@@ -297,9 +313,19 @@ def test_the_last_words_may_be_missing_once_the_end_is_known() -> None:
     assert folded_message(out)["stop_reason"] == "end_turn"
 
 
-def test_going_back_to_an_earlier_tool_call_cannot_be_told() -> None:
+def test_a_tool_that_the_server_uses_itself_is_no_call_of_the_clients() -> None:
+    """As Anthropic's web search, switched on by what a provider puts into every request."""
+    used = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {"query": "Köln"}}
+    stream = chat_stream()
+    found = folded_chat(run(stream, *events(message(used, TEXT))))
+    assert found["choices"][0]["message"].get("tool_calls") is None
+    assert found["choices"][0]["message"]["content"] == TEXT["text"]
+
+
+@pytest.mark.parametrize("back", [tool(0, "}"), tool(0, "}", id="a", function={"name": "a"})])
+def test_going_back_to_an_earlier_tool_call_cannot_be_told(back: Json) -> None:
     stream = MessageStream()
-    tools = [tool(0, "{", id="a", function={"name": "a"}), tool(1, "{", id="b", function={"name": "b"}), tool(0, "}")]
+    tools = [tool(0, "{", id="a", function={"name": "a"}), tool(1, "{", id="b", function={"name": "b"}), back]
     stream.feed(b"".join(sse(*(chunk(delta) for delta in tools))))
     assert isinstance(stream.failed, UpstreamError)
 

@@ -16,10 +16,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from nimhost.config import Gateway as GatewaySettings
 from nimhost.gateway import upstream
 from nimhost.gateway.connection import MAX_HEAD_BYTES
 from tests.fakes.engine import FakeEngine, Faults
-from tests.gateway.conftest import Door, G, Reply, engine_upstream
+from tests.gateway.conftest import Door, G, Reply, engine_upstream, open_door, unanswering
 from tests.support import eventually
 
 PROVIDER = f"{G}/default/provider/p/-"
@@ -138,6 +139,15 @@ async def test_trailer_is_no_header(door: Door) -> None:
         reply = await get(door)
     assert reply.body == b"o"
     assert "x-t" not in reply.headers
+
+
+@pytest.mark.parametrize("lines", [["X-Hop"], ["keep-alive, x-hop"], ["keep-alive", "X-HOP"], ["X-Hop", "X-B,close"]])
+async def test_headers_that_connection_names_are_not_the_clients(door: Door, lines: list[str]) -> None:
+    named = "".join(f"Connection: {line}\r\n" for line in lines).encode()
+    async with wired(door, b"HTTP/1.1 200 OK\r\nX-A: 1\r\nx-hop: 1\r\n%bcontent-length: 2\r\n\r\nok" % named):
+        reply = await get(door)
+    assert (reply.body, reply.headers["x-a"], reply.headers["connection"]) == (b"ok", "1", "close")
+    assert "x-hop" not in reply.headers
 
 
 @pytest.mark.fault(27)
@@ -311,6 +321,27 @@ async def test_second_address_of_a_name_is_tried(
     door.route(engine_upstream(engine, base_url=f"http://two.test:{engine.port}"))
     assert (await door.chat(WHOLE)).status == 200
     assert engine.requests[-1].header("host") == f"two.test:{engine.port}"
+
+
+@pytest.mark.fault(28)
+async def test_address_that_never_answers_is_passed_over_and_not_tried_first_again(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an IPv6 address does where a network promises more than it has."""
+
+    async def two(host: str) -> list[str]:
+        return ["127.0.0.9", "127.0.0.1"]
+
+    monkeypatch.setattr(upstream, "_addresses_of", two)
+    monkeypatch.setattr(upstream, "ADDRESS_TTL_S", 0.0)
+    monkeypatch.setattr(upstream, "IDLE_CONNECTION_S", 0.0)
+    async with open_door(GatewaySettings(connect_timeout_s=0.6)) as door:
+        door.route(engine_upstream(engine, base_url=f"http://two.test:{engine.port}"))
+        with unanswering("127.0.0.9", engine.port):
+            assert (await door.chat(WHOLE)).headers["x-fake-instance"] == "a"
+        async with FakeEngine(served=engine.served, tag="b", host="127.0.0.9", port=engine.port):
+            assert (await door.chat(WHOLE)).headers["x-fake-instance"] == "a"
+    assert engine.connections_made == 2
 
 
 # --- TLS

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Raw
 
 from nimhost.entities import BackendFormat
-from nimhost.gateway.bodies import UNREADABLE, JsonBody, unreadable
+from nimhost.gateway.bodies import UNREADABLE, JsonBody, check_values, unreadable
 from nimhost.gateway.paths import target_url
 from nimhost.gateway.routes import Route, Target
 from nimhost.gateway.translate.errors import error_of_chat, error_of_messages
@@ -57,7 +57,10 @@ class Translation(NamedTuple):
         return target_url(base, route.upstream.policy, self.tail)
 
     def request(self, body: JsonBody, target: Target) -> tuple[bytes, Json, tuple[str, ...]]:
-        """What is sent, the client's request as it was read, and the fields that were left out. Raises BadRequest."""
+        """What is sent, the client's request as it was read, and the fields that were left out. Raises BadRequest,
+        BodyTooLarge.
+        """
+        check_values(body)
         try:
             read = {name: _read(value) for name, value in body.members.items()}
             asked = self.ask(read, target.route)

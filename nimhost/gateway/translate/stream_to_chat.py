@@ -98,7 +98,7 @@ class ChatStream(Stream):
         if kind == "text_delta":
             self._chunk({"content": as_str(delta.get("text"))})
         elif kind == "input_json_delta":
-            if piece := as_str(delta.get("partial_json")):
+            if block.kind == "tool_use" and (piece := as_str(delta.get("partial_json"))):
                 block.wrote = True
                 self._call(block, {"function": {"arguments": piece}})
         elif kind == "thinking_delta":

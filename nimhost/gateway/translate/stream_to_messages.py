@@ -21,9 +21,8 @@ class MessageStream(Stream):
         self._blocks = 0
         self._open: str | None = None
         """The kind of the block that is open."""
-        self._tool = 0
-        """OpenAI's index of the tool call that is open, or was the last."""
-        self._tools: set[int] = set()
+        self._tools: dict[str | int | None, int] = {}
+        """The block of every tool call, by its id and by OpenAI's index; of the last one, by None as well."""
         self._choice: Json | None = None
         """The one that said how the answer ended."""
         self._usage: Json = {}
@@ -84,25 +83,20 @@ class MessageStream(Stream):
             self._call(call)
 
     def _call(self, call: Json) -> None:
-        index, function = self._index(call), as_dict(call.get("function"))
-        if index not in self._tools:
+        function = as_dict(call.get("function"))
+        call_id, name, index = as_str(call.get("id")), as_str(function.get("name")), call.get("index")
+        index = index if isinstance(index, int) else None
+        # Some servers number no calls (or, as Ollama, all alike): there another id begins the next one.
+        key = call_id if call_id and (name or index is None) else index
+        if key not in self._tools or index not in self._tools:
             self._close_block()
-            self._tools.add(index)
-            self._tool = index
-            name = as_str(function.get("name"))
-            call_id = as_str(call.get("id")) or f"{self._id}-{index}"
+            call_id = call_id or f"{self._id}-{self._blocks}"
             self._block("tool_use", {"id": call_id, "name": name, "input": {}})
-        elif self._open != "tool_use" or index != self._tool:
+            self._tools[call_id] = self._tools[index] = self._tools[None] = self._blocks
+        elif self._open != "tool_use" or self._tools[key] != self._blocks:
             raise UpstreamError("The upstream went back to a tool call after it had begun something else.")
         if piece := as_str(function.get("arguments")):
             self._piece({"type": "input_json_delta", "partial_json": piece})
-
-    def _index(self, call: Json) -> int:
-        """Some servers count no calls: then an id begins the next one."""
-        index = call.get("index")
-        if isinstance(index, int):
-            return index
-        return len(self._tools) if call.get("id") or not self._tools else self._tool
 
     # --- out
 
