@@ -23,6 +23,7 @@ Json = dict[str, Any]
 ALL = "See nimhost.toml.example for every setting."
 Size = Annotated[float, Meta(ge=0)]
 """Of memory, or of time: never less than nothing."""
+Finite = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,12 +37,12 @@ class Server(Table, frozen=True, kw_only=True):
     allowed_hosts: list[str] = []
     allowed_origins: list[str] = []
     api_tokens: list[str] = []
-    drain_timeout_s: Size = 30.0
+    drain_timeout_s: Finite = 30.0
 
 
 class Docker(Table, frozen=True, kw_only=True):
     host: str = ""
-    shm_gib: Size = 16.0
+    shm_gib: Finite = 16.0
     ulimits: dict[str, int] = {}
     stop_timeout_s: Annotated[int, Meta(ge=0)] = 10
     pull_stall_timeout_s: Size = 120.0
@@ -49,17 +50,17 @@ class Docker(Table, frozen=True, kw_only=True):
 
 class SimulatedGpu(Table, frozen=True, kw_only=True):
     name: str
-    memory_gib: Annotated[float, Meta(gt=0)]
+    memory_gib: Annotated[float, Meta(gt=0, le=1e9)]
     uuid: str = ""
     driver: str = ""
     cuda: str = ""
-    used_gib: Size = 0.0
+    used_gib: Finite = 0.0
     processes: list[Json] = []
     links: dict[str, str] = {}
 
 
 class Gpus(Table, frozen=True, kw_only=True):
-    devices: list[str] = []
+    devices: list[Annotated[str, Meta(pattern=r"\S")]] = []
     simulated: list[SimulatedGpu] = []
 
 

@@ -48,7 +48,8 @@ async def sweep_files(files: FileStorage, store: Store) -> None:
     """Removes the files of filesets whose deletion was cut off between the row and the files."""
     for workspace, name in await files.filesets():
         async with store.transaction() as tx:  # nobody makes a fileset of that name meanwhile
-            if not await tx.find("filesets", workspace, name):
+            fileset = "filesets", workspace, name
+            if not (await tx.find_unreadable(*fileset) or await tx.find(*fileset)):
                 await files.delete_all(files.directory(workspace, name))
 
 

@@ -154,7 +154,8 @@ def findings(observed: Observed, observer: Observer, verdicts: tuple[Verdict, ..
     else:
         docker = f"Docker: connected{f', version {observed.docker}' if observed.docker else ''}"
     gpus = [f"GPU {g.index}: {g.name}, {g.memory_bytes / 2**30:.0f} GiB, {g.uuid}" for g in observer.gpus]
-    adopted = [str(v.desired.ref) for v in verdicts if any(i.ref == v.desired.ref for i in observed.instances)]
+    running = {i.ref for i in observed.instances if i.state == "running"}
+    adopted = [str(v.desired.ref) for v in verdicts if v.desired.ref in running]
     return [
         docker,
         *(gpus or [f"GPUs: none. {observed.gpu_problem or ''}".rstrip()]),

@@ -135,6 +135,10 @@ def test_a_wrong_value_is_named_with_where_it_was_said(
         ("[engines.vllm]\nimage = ''\n", "engines.vllm.image"),
         ("[engines.nim]\nimage = ' '\n", "engines.nim.image"),
         ("[[gpus.simulated]]\nname = 'x'\nmemory_gib = -5\n", "gpus.simulated"),
+        ("[[gpus.simulated]]\nname = 'x'\nmemory_gib = inf\n", "gpus.simulated"),
+        ("[docker]\nshm_gib = inf\n", "docker.shm_gib"),
+        ("[server]\ndrain_timeout_s = inf\n", "server.drain_timeout_s"),
+        ("[gpus]\ndevices = ['']\n", "gpus.devices"),
     ],
 )
 def test_a_value_that_can_never_work_is_refused_at_the_start(tmp_path: Path, text: str, where: str) -> None:

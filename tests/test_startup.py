@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from nimhost.config import Deployments
 from nimhost.deployments.discovery import Discovery, Question
 from nimhost.deployments.routing import provider_key
 from nimhost.engines.spec import ContainerSpec, Mount, Probe
@@ -84,6 +86,48 @@ async def test_files_of_a_fileset_whose_row_is_gone_are_swept_and_no_others(stor
     assert await files.filesets() == [("default", "kept")]
     assert (files.directory("default", "kept") / "sub" / "f").read_text() == "x"
     files.close()
+
+
+async def test_files_of_a_fileset_that_cannot_be_read_stay_and_the_start_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "nimhost.db"
+    store = await Store.open(path)
+    async with store.transaction() as tx:
+        await tx.insert("filesets", "default", "damaged", Fileset())
+    await store.close()
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE entities SET wish = '{\"storage\": 5}' WHERE kind = 'filesets'")
+    db.close()
+    files = FileStorage(tmp_path / "filesets")
+    await files.open()
+    files.directory("default", "damaged").mkdir(parents=True)
+    store = await Store.open(path)
+    await sweep_files(files, store)
+    assert await files.filesets() == [("default", "damaged")]
+    await store.close()
+    files.close()
+
+
+async def test_the_banner_names_what_runs_and_not_what_has_exited(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = ""
+
+    def banner() -> bool:
+        nonlocal said
+        said += capfd.readouterr().out
+        return "Adopted: " in said
+
+    async with World(tmp_path, deployments=Deployments(restart_limit=0)) as world:
+        await world.deploy("runs")
+        await world.wait("runs", "READY")
+        await world.deploy("broken")
+        await world.wait("broken", "READY")
+        broken = next(c for c in await world.docker.list() if "broken" in c.name)
+        world.docker.exit(broken.id, 1)
+        await world.wait("broken", "ERROR")
+        await world.restart()
+        await eventually(banner)
+    assert "Adopted: default/runs\n" in said
 
 
 async def test_files_of_containers_that_are_gone_are_swept_at_the_next_start(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiosqlite import Connection
 
 import nimhost.store.schema as schema
-from nimhost.entities import Adapter, Deployment, DeploymentStatus, Model, Provider, ProviderStatus, Secret
+from nimhost.entities import Adapter, Deployment, DeploymentStatus, Entity, Model, Provider, ProviderStatus, Secret
 from nimhost.errors import AlreadyExists, Conflict, DiskFull, NotFound, NotReady, StartError
 from nimhost.filters import parse_filter
 from nimhost.kinds import KINDS
@@ -30,7 +32,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
     await opened.close()
 
 
-async def add_provider(store: Store, name: str = "p", **more: object) -> object:
+async def add_provider(store: Store, name: str = "p", **more: Any) -> Entity:
     async with store.transaction() as tx:
         return await tx.insert("providers", "default", name, Provider(host_url="http://x", **more))
 
@@ -177,12 +179,12 @@ async def test_a_migration_is_applied_once_and_a_failing_one_changes_nothing(
     await make(path)
     applied = []
 
-    async def second(db: object) -> None:
-        await db.execute("CREATE TABLE more (x)")  # type: ignore[attr-defined]
+    async def second(db: Connection) -> None:
+        await db.execute("CREATE TABLE more (x)")
         applied.append(2)
 
-    async def third(db: object) -> None:
-        await db.execute("CREATE TABLE yet_more (x)")  # type: ignore[attr-defined]
+    async def third(db: Connection) -> None:
+        await db.execute("CREATE TABLE yet_more (x)")
         raise sqlite3.OperationalError("no")
 
     first = list(schema.MIGRATIONS)
@@ -383,7 +385,7 @@ async def test_a_transaction_that_is_not_kept_is_undone_and_tells_nobody(store: 
 async def test_pages_filters_and_sorts(store: Store) -> None:
     for name in ("alpha", "beta", "gamma", "delta"):
         entity = await add_provider(store, name, project=None if name == "beta" else "Main")
-        await store.set_status(entity, ProviderStatus(status="READY" if name < "c" else "ERROR"))  # type: ignore[arg-type]
+        await store.set_status(entity, ProviderStatus(status="READY" if name < "c" else "ERROR"))
 
     async def names(query: str, sort: str = "name", page: int = 1, page_size: int = 10) -> tuple[list[str], int]:
         pairs = [tuple(part.split("=", 1)) for part in query.split("&") if part]
@@ -612,6 +614,41 @@ async def test_killed_while_the_database_is_made_starts_anew(tmp_path: Path) -> 
     assert len(await store.all("workspaces")) == 2
     await store.close()
     assert {p.name for p in tmp_path.iterdir()} == {"nimhost.db"}
+
+
+@pytest.mark.fault(38)
+async def test_the_log_of_a_database_that_was_moved_away_becomes_no_part_of_a_new_one(tmp_path: Path) -> None:
+    """A killed daemon leaves its last writes beside the database: they would be put into whatever is there next."""
+    path, away = tmp_path / "nimhost.db", tmp_path / "away"
+    program = """
+        import asyncio, os, signal, sys
+        from pathlib import Path
+        from nimhost.entities import Provider
+        from nimhost.store import Store
+
+        async def dies():
+            store = await Store.open(Path(sys.argv[1]))
+            for number in range(300):
+                async with store.transaction() as tx:
+                    await tx.insert("providers", "default", f"p{number}", Provider(host_url="x" * 500))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        asyncio.run(dies())
+    """
+    run_until_killed([sys.executable, "-c", textwrap.dedent(program), str(path)])
+    away.mkdir()
+    path.rename(away / path.name)
+    left = {file.name: file.read_bytes() for file in tmp_path.glob("nimhost.db-wal")}
+    with pytest.raises(StartError, match="belongs to a database that is not there any more") as caught:
+        await Store.open(path)
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("nimhost.db*") if "shm" not in file.name} == left
+    assert caught.value.hint == f"Move it to where the database is now, or delete it: {path}-wal"
+
+    (tmp_path / "nimhost.db-wal").rename(away / "nimhost.db-wal")
+    new, old = await Store.open(path), await Store.open(away / path.name)
+    assert (len(await new.all("providers")), len(await old.all("providers"))) == (0, 300)
+    await new.close()
+    await old.close()
 
 
 @pytest.mark.fault(20)

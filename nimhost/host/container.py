@@ -171,5 +171,5 @@ class Containers(Protocol):
         ...
 
     async def close(self) -> None:
-        """End all streams, let running calls end, free everything."""
+        """End all streams, let running calls end, which an engine that hangs has a few seconds for, free everything."""
         ...

@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import requests
@@ -44,7 +44,7 @@ from nimhost.host.docker_errors import USUAL_SOCKET, chain, refusal, unreachable
 from nimhost.host.docker_pull import follow_pull
 from nimhost.host.docker_requests import container_body, probe_body, probe_labels
 from nimhost.host.docker_stream import BlockingStream, Hold, hold_sockets
-from nimhost.host.threads import in_thread
+from nimhost.host.threads import Threads, in_thread
 
 __all__ = [
     "GPU_ULIMITS", "Container", "ContainerEvent", "Containers", "DockerContainers", "EngineFacts", "Image", "Launch",
@@ -58,6 +58,7 @@ _CALL_TIMEOUT_S = 60
 _HELLO_TIMEOUT_S = 10
 _ANY_VERSION = "1.24"  # only to ask for the real one
 _THREADS = 32  # a stop holds one for as long as the container takes to end
+_CLOSE_S = 5.0  # what Docker has not answered by then is left to it: a daemon that is killed leaves no less
 _EVENTS = {
     "type": ["container", "image"],
     "event": ["create", "start", "die", "oom", "destroy", "pause", "unpause", "rename", "pull", "delete", "import"],
@@ -80,7 +81,7 @@ class DockerContainers:
 
     def __init__(self, host: str | None = None) -> None:
         self._host = host
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
+        self._pool = Threads(_THREADS, "docker")
         self._calls: set[Future[Any]] = set()
         self._streams: set[BlockingStream[Any]] = set()
         self._lock = threading.Lock()
@@ -114,6 +115,10 @@ class DockerContainers:
                     known = replies.container(client.inspect_container(row["Id"]))
                 except NotInDocker:
                     continue  # removed since it was listed
+                except APIError as error:
+                    known = replies.listed(row, str(error.explanation))
+                    if known is None:
+                        raise
             now[row["Id"]] = key, known
         self._seen = now
         return tuple(container for _, container in now.values())
@@ -233,7 +238,7 @@ class DockerContainers:
             raise self._translated(error, image=image) from error
 
     def _submit(self, call: Callable[[APIClient], T]) -> Future[T]:
-        future = self._pool.submit(self._cross, call)
+        future = self._pool.submit(lambda: self._cross(call))
         self._calls.add(future)
         future.add_done_callback(self._calls.discard)
         return future
@@ -281,11 +286,13 @@ class DockerContainers:
     async def close(self) -> None:
         for stream in self._streams:
             stream.cancel()
-        while self._calls:
-            await asyncio.gather(*map(asyncio.wrap_future, self._calls.copy()), return_exceptions=True)
-        with ThreadPoolExecutor(1) as waiting:
-            await asyncio.wrap_future(waiting.submit(_join, tuple(self._streams)))
-        self._pool.shutdown(wait=False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                while self._calls:
+                    await asyncio.gather(*map(asyncio.wrap_future, self._calls.copy()), return_exceptions=True)
+                for stream in self._streams:
+                    await in_thread(stream.thread.join)
+        self._pool.close()
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -325,11 +332,6 @@ def _share_connections(client: APIClient) -> None:
         pool = _UnixPool(client.base_url, adapter.socket_path, adapter.timeout, maxsize=_THREADS)
         adapter.pools[client.base_url] = pool  # where closing the client finds it
         adapter.get_connection_with_tls_context = lambda *_, **__: pool
-
-
-def _join(streams: Iterable[BlockingStream[Any]]) -> None:
-    for stream in streams:
-        stream.thread.join(timeout=5)
 
 
 def _image(client: APIClient, name: str) -> Image | None:

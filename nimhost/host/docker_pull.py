@@ -70,29 +70,58 @@ def _layer_after(layer: Layer, status: str, detail: Json) -> Layer:
     return layer
 
 
+class _Quiet:
+    """How long a pull has said nothing new. An engine that keeps images with containerd says the same ten times a
+    second (moby, daemon/containerd/progress.go): a line alone is no sign of life."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._said: dict[str | None, tuple[Any, Any]] = {}
+
+    def is_broken_by(self, line: Json) -> bool:
+        layer, said = line.get("id"), (line.get("status"), (line.get("progressDetail") or {}).get("current"))
+        if self._said.get(layer) == said:
+            return False
+        self._said[layer], self._since = said, time.monotonic()
+        return True
+
+    @property
+    def lasted_s(self) -> float:
+        return time.monotonic() - self._since
+
+
 async def follow_pull(
     name: str,
     stream: BlockingStream[Json],
     on_progress: Callable[[PullProgress], None],
     stall_timeout_s: float,
 ) -> None:
-    """Report the lines of a pull until it ends; say so when none come. Raises what the lines report."""
-    pull, quiet_since = Pull(), time.monotonic()
+    """Report the lines of a pull until it ends; say so when none says anything new. Raises what the lines report."""
+    pull, quiet, notice_s = Pull(), _Quiet(), min(_NOTICE_S, stall_timeout_s)
+    told_s = notice_s
     while True:
         try:
-            line = await stream.next(min(_NOTICE_S, stall_timeout_s))
+            line = await stream.next(notice_s)
         except TimeoutError:
-            quiet_s = time.monotonic() - quiet_since
-            on_progress(replace(pull.progress, message=f"no progress for {quiet_s:.0f} s"))
-            # With every layer here it is this machine that is slow, and no registry can be blamed.
-            if quiet_s >= stall_timeout_s and not pull.fetched:
-                message = f"Image {name}: no progress for {quiet_s:.0f} s"
-                raise RegistryUnavailable(message, "Check the connection to the registry.") from None
-            continue
+            line = {}
         if line is None:
             return
         if "error" in line:
             detail = line.get("errorDetail") or {}
             raise refusal(detail.get("code"), detail.get("message") or line["error"], image=name, pulling=True)
-        pull, quiet_since = pull.after(line), time.monotonic()
-        on_progress(pull.progress)
+        if line and quiet.is_broken_by(line):
+            pull, told_s = pull.after(line), notice_s
+            on_progress(pull.progress)
+        elif quiet.lasted_s >= told_s:
+            told_s = quiet.lasted_s + notice_s
+            _tell_quiet(name, pull, quiet.lasted_s, on_progress, stall_timeout_s)
+
+
+def _tell_quiet(
+    name: str, pull: Pull, quiet_s: float, on_progress: Callable[[PullProgress], None], stall_timeout_s: float
+) -> None:
+    said = f"no progress for {quiet_s:.0f} s"
+    on_progress(replace(pull.progress, message=said))
+    # With every layer here it is this machine that is slow, and no registry can be blamed.
+    if quiet_s >= stall_timeout_s and not pull.fetched:
+        raise RegistryUnavailable(f"Image {name}: {said}", "Check the connection to the registry.")

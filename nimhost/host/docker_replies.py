@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -82,7 +82,7 @@ def container(reply: Json) -> Container:
     )
 
 
-def loopback_port(ports: Mapping[str, list[Json] | None] | None) -> int | None:
+def loopback_port(ports: Mapping[str, Sequence[Json] | None] | None) -> int | None:
     """The host port published on 127.0.0.1, that of 8000/tcp first."""
     published = {
         inside: int(binding["HostPort"])
@@ -131,8 +131,28 @@ def unix_time(text: str | None) -> float:
 def listing_key(row: Json) -> tuple[object, ...]:
     """Of a row of `/containers/json`: unchanged means that an earlier inspect still holds."""
     ports = sorted((p.get("IP") or "", p["PrivatePort"], p.get("PublicPort") or 0) for p in row.get("Ports") or ())
-    exit_code = re.match(r"Exited \((-?\d+)\)", row.get("Status") or "")
-    return row["State"], row.get("Names") and tuple(row["Names"]), tuple(ports), exit_code and exit_code[1]
+    return row["State"], row.get("Names") and tuple(row["Names"]), tuple(ports), _exit_code(row)
+
+
+def listed(row: Json, problem: str) -> Container | None:
+    """From a row of `/containers/json` alone: of one that Docker cannot describe, as when its files are gone. None
+    where it may run, for then nobody knows which GPUs it holds."""
+    if row["State"] not in ("created", "exited", "removing", "dead"):
+        return None
+    return Container(
+        id=row["Id"],
+        name=next(iter(row.get("Names") or ()), "").lstrip("/"),
+        image=row.get("Image") or "",
+        labels=dict(row.get("Labels") or {}),
+        state=row["State"],
+        exit_code=_exit_code(row),
+        error=problem,
+    )
+
+
+def _exit_code(row: Json) -> int | None:
+    said = re.match(r"Exited \((-?\d+)\)", row.get("Status") or "")
+    return int(said[1]) if said else None
 
 
 def event(reply: Json) -> ContainerEvent:

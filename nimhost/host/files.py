@@ -138,7 +138,7 @@ class FileStorage:
 
     async def run(self, work: Callable[..., T], *args: object) -> T:
         def call() -> T:
-            with _translated():
+            with _translated(self.root):
                 return work(*args)
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
@@ -203,7 +203,7 @@ def split_path(path: str) -> list[str]:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(root: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as e:
@@ -214,8 +214,8 @@ def _translated() -> Iterator[None]:
         if e.errno == errno.ELOOP:
             raise BadRequest("The path leads through a symbolic link; links in filesets are not followed.") from e
         if e.errno in _FULL:
-            raise DiskFull("The disk that holds the filesets is full.", hint="Free some space, then try again.") from e
-        raise HostError(f"The file system refused: {e.strerror}.", hint="See the data directory.") from e
+            raise DiskFull(f"The disk that holds {root} is full.", hint="Free some space there, then try again.") from e
+        raise HostError(f"The file system refused: {e.strerror}.", hint=f"See {root}, and who may write there.") from e
 
 
 @contextmanager

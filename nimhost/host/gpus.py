@@ -12,7 +12,7 @@ import pwd
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -24,9 +24,11 @@ from msgspec.structs import replace
 
 from nimhost.config import SimulatedGpu
 from nimhost.errors import ConfigError
+from nimhost.host.threads import Threads
 
 GIB = 1024**3
 _READ_TIMEOUT_S = 10.0
+_CLOSE_S = 2.0
 _HINTS = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "NVIDIA's driver is not installed on this machine",
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "NVIDIA's driver is installed but not loaded; run: sudo modprobe nvidia",
@@ -114,7 +116,7 @@ def _is(gpu: Gpu, device: str) -> bool:
 class SimulatedGpus:
     """GPUs that are only said to be there. Change `settings` and the next reading is different."""
 
-    def __init__(self, settings: Iterable[SimulatedGpu | Mapping[str, Any]]) -> None:
+    def __init__(self, settings: Iterable[SimulatedGpu]) -> None:
         """Raises ConfigError for settings that make no sense."""
         self.settings = list(settings)
         self._read()
@@ -123,7 +125,7 @@ class SimulatedGpus:
         return self._read()
 
     def _read(self) -> GpuFacts:
-        gpus = [_simulated_settings(index, gpu) for index, gpu in enumerate(self.settings)]
+        gpus = self.settings
         uuids = [gpu.uuid for gpu in gpus if gpu.uuid]
         if twice := next((uuid for uuid in uuids if uuids.count(uuid) > 1), None):
             raise ConfigError(f"[gpus] simulated: two GPUs have the uuid {twice}.", "Leave uuid out, or name others.")
@@ -170,13 +172,6 @@ def _linked(gpus: list[Gpu], pairs: Mapping[tuple[int, int], Link]) -> tuple[Gpu
     )
 
 
-def _simulated_settings(index: int, gpu: SimulatedGpu | Mapping[str, Any]) -> SimulatedGpu:
-    try:
-        return msgspec.convert(gpu, SimulatedGpu, from_attributes=True)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"[gpus] simulated, GPU {index}: {error}") from error
-
-
 def _simulated(index: int, gpu: SimulatedGpu) -> Gpu:
     try:
         processes = msgspec.convert(gpu.processes, list[_SimulatedProcess])
@@ -209,7 +204,7 @@ class NvmlGpus:
 
     def __init__(self, nvml: Any = pynvml) -> None:
         self._nvml = nvml
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nvml")
+        self._thread = Threads(1, "nvml")
         self._reading: Future[GpuFacts] | None = None
         self._ready = False
         self._ways: tuple[list[str], dict[tuple[int, int], Link]] = ([], {})
@@ -226,8 +221,10 @@ class NvmlGpus:
             return GpuFacts(problem=f"NVIDIA's driver did not answer within {_READ_TIMEOUT_S:.0f} s; see: nvidia-smi")
 
     async def close(self) -> None:
-        self._thread.submit(self._shut_down)
-        self._thread.shutdown(wait=False)
+        ended = asyncio.wrap_future(self._thread.submit(self._shut_down))
+        self._thread.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended, _CLOSE_S)
 
     def _shut_down(self) -> None:
         if self._ready:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -57,19 +58,20 @@ class RemoteFile:
             yield chunk
 
     def close(self) -> None:
-        if self._response is not None:
-            self._response.close()
+        """Not here, where it would wait for a thread that still reads: until the hub says something more."""
+        if self._response is not None and not self._response.isclosed():
+            threading.Thread(target=self._response.close, daemon=True).start()
 
     def _open(self, start: int, stop: int) -> http.client.HTTPResponse:
         whole = not start and stop == self.file.size_bytes
         try:
             response = self._hub.open(self._url, start, None if whole else stop)
+            if self._hub.sends_part(response, start, self.file.size_bytes) or not start:
+                return response
         except Interrupted as failure:
             raise _away(self._hub, str(failure)) from failure
-        if start and response.status != 206:
-            response.close()
-            raise _away(self._hub, "it does not send parts of files")
-        return response
+        response.close()
+        raise _away(self._hub, "it does not send parts of files")
 
     def _chunk(self, response: http.client.HTTPResponse, size_bytes: int) -> bytes:
         try:
@@ -118,9 +120,7 @@ class HubFiles:
             if not files or cached is None:
                 raise
             commit = cached
-        root = cache.snapshot_dir(commit)
-        listed = [ListedFile(f.path, f.size_bytes, (root / f.path).is_file()) for f in files]
-        return sorted(listed, key=lambda file: file.path)
+        return await in_thread(_listed, files, cache.snapshot_dir(commit))
 
     async def open_file(self, repo: Repo, token: str | None, path: str) -> Path | RemoteFile:
         """Where the cache has it, or the file on the hub. `path` has been checked: it leads nowhere else.
@@ -150,6 +150,11 @@ class HubFiles:
 def _tree(hub: Hub) -> tuple[str, list[HubFile]]:
     commit = hub.commit(_silent)
     return commit, hub.tree(commit, _silent)
+
+
+def _listed(files: list[HubFile], snapshot: Path) -> list[ListedFile]:
+    listed = [ListedFile(f.path, f.size_bytes, (snapshot / f.path).is_file()) for f in files]
+    return sorted(listed, key=lambda file: file.path)
 
 
 def _confirm(hub: Hub) -> str:

@@ -19,9 +19,7 @@ def lock_directory(directory: Path) -> int:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StartError(
-            f"Cannot use the data directory {directory}: {error.strerror}.", "Choose another one with --data-dir."
-        ) from None
+        raise _unusable(directory, error) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -31,6 +29,16 @@ def lock_directory(directory: Path) -> int:
             f"Another nimhost (pid {pid}) uses the data directory {directory}.",
             f"Stop it with: kill {pid}   or choose another directory with --data-dir.",
         ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        os.close(fd)
+        raise _unusable(directory, error) from None
     return fd
+
+
+def _unusable(directory: Path, error: OSError) -> StartError:
+    return StartError(
+        f"Cannot use the data directory {directory}: {error.strerror}.", "Choose another one with --data-dir."
+    )

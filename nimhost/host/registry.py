@@ -42,7 +42,8 @@ _ACCEPT = ", ".join((*INDEXES, *MANIFESTS))
 _HOST = re.compile(r"[A-Za-z0-9.-]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?")
 _NAME = re.compile(r"[a-z0-9]+([._/-]+[a-z0-9]+)*")
 _TARGET = re.compile(r"\w[\w.-]{0,127}|sha256:[0-9a-f]{64}")
-_PARAMETER = re.compile(r'(\w+)="([^"]*)"')
+_WORD = re.compile(r'([\w-]+)(?:\s*=\s*(?:"([^"]*)"|([^\s,"]+)))?')
+"""Of a challenge: its scheme, which has no value, or a parameter."""
 
 
 class Reference(NamedTuple):
@@ -219,9 +220,9 @@ class _Asking:
 
     async def _answer(self, challenges: list[str]) -> str:
         """The authorization that a registry wants (https://distribution.github.io/distribution/spec/auth/token/)."""
-        known = {scheme.lower(): rest for scheme, _, rest in (text.partition(" ") for text in challenges)}
+        known = read_challenges(challenges)
         if "bearer" in known:
-            return f"Bearer {await self._token(dict(_PARAMETER.findall(known['bearer'])))}"
+            return f"Bearer {await self._token(known['bearer'])}"
         if "basic" in known and self._login is not None:
             return _basic(self._login)
         raise _Unknown
@@ -240,6 +241,19 @@ class _Asking:
         if not (token := found.token or found.access_token):
             raise _Unknown
         return token
+
+
+def read_challenges(lines: list[str]) -> dict[str, dict[str, str]]:
+    """Scheme -> parameters, of the values of `WWW-Authenticate`: one line may hold several (RFC 9110, 11.6.1)."""
+    found: dict[str, dict[str, str]] = {}
+    parameters: dict[str, str] = {}
+    for word in _WORD.finditer(", ".join(lines)):
+        name, value = word[1].lower(), word[2] or word[3] or ""
+        if word.lastindex == 1:
+            parameters = found[name] = {}
+        else:
+            parameters[name] = value
+    return found
 
 
 def may_give_tokens(realm: httpx.URL, where: Reference) -> bool:

@@ -45,7 +45,8 @@ class Vault:
     def load(cls, path: Path, sealed: Sequence[tuple[str, str]] = (), key: str | None = None) -> Vault:
         """The vault of the key file at `path`, made when there is neither a file nor anything sealed; or of `key`.
 
-        `sealed`: what the database holds, as (sealed text, what it is bound to); the key must open the first of them.
+        `sealed`: what the database holds, as (sealed text, what it is bound to); the key must open one of them: the
+        rest may be damaged.
         `key`: 32 bytes in base64, used instead of the file.
         Raises StartError for a key that is gone, readable by others, malformed, or not the one of this database.
         """
@@ -82,12 +83,12 @@ class Vault:
                 hint=f"Set it again: nimhost secrets update {bound_to.rpartition('/')[2]} --from-file -",
             ) from e
 
-    def _opens(self, sealed: str, bound_to: str) -> bool:
-        try:
-            self.open(sealed, bound_to)
-        except HostError:
-            return False
-        return True
+    def _opens_any(self, sealed: Sequence[tuple[str, str]]) -> bool:
+        for text, bound_to in sealed:
+            with suppress(HostError):
+                self.open(text, bound_to)
+                return True
+        return False
 
     # --- rotation
 
@@ -135,14 +136,11 @@ class Vault:
         return _decrypt(self._keys[-1], wrapped, bound_to)
 
     def _prove(self, sealed: Sequence[tuple[str, str]], where: str) -> None:
-        for text, bound_to in sealed[:1]:
-            try:
-                self.open(text, bound_to)
-            except HostError as e:
-                raise StartError(
-                    f"The key in {where} does not open the secrets in the database: it is the key of another one.",
-                    hint="Put the right key back to where it was: the key file, or NIMHOST_ENCRYPTION_KEY.",
-                ) from e
+        if sealed and not self._opens_any(sealed):
+            raise StartError(
+                f"The key in {where} does not open the secrets in the database: it is the key of another one.",
+                hint="Put the right key back to where it was: the key file, or NIMHOST_ENCRYPTION_KEY.",
+            )
 
 
 def _halves(sealed: str) -> tuple[str, str]:
@@ -157,12 +155,13 @@ def _next(path: Path) -> Path:
 
 
 def _finish_rotation(path: Path, sealed: Sequence[tuple[str, str]]) -> None:
-    """A key.new is left when a rotation was cut off: it is the key if it opens what the database holds."""
+    """A key.new is left when a rotation was cut off: it is the key if it opens what the database holds. It goes away
+    once the other one is known to be the key, and not before."""
     if not _next(path).exists():
         return
-    if sealed and Vault(_read_key(_next(path)))._opens(*sealed[0]):
+    if Vault(_read_key(_next(path)))._opens_any(sealed):
         _move_next(path)
-    else:
+    elif not sealed or (path.exists() and Vault(_read_key(path))._opens_any(sealed)):
         _next(path).unlink()
 
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from nimhost.entities import Entity, Wish
-from nimhost.errors import Conflict, HostError
+from nimhost.errors import Conflict, HostError, Unstorable
 from nimhost.kinds import KINDS, Kind
 from nimhost.refs import Ref
 from nimhost.store.memory import WHOLE, Rows, Write, after
@@ -64,12 +64,12 @@ def readable(entity: Entity | None) -> Entity | None:
 
 
 def _text(entity: Entity, value: Struct) -> str:
-    """Raises HostError for what could not be read again: nothing else has checked the types of its fields."""
+    """Raises Unstorable for what could not be read again: nothing else has checked the types of its fields."""
     try:
         text = msgspec.json.encode(value)
         msgspec.json.decode(text, type=type(value))
     except ValueError as error:
-        raise HostError(
+        raise Unstorable(
             f"{KINDS[entity.kind].label} '{entity.ref}' is not stored, because it could not be read again: {error}.",
             "This is a fault of nimhost. Nothing was changed; please report it.",
         ) from error

@@ -98,6 +98,12 @@ async def _pragma(db: aiosqlite.Connection, name: str) -> Any:
 
 async def _create(path: Path) -> None:
     """A new database under another name, moved to `path` when it is whole: what is at `path` was once complete."""
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists():  # SQLite would put what is in it into the new one
+        raise StartError(
+            f"{log} belongs to a database that is not there any more: {path}.",
+            hint=f"Move it to where the database is now, or delete it: {log}",
+        )
     draft = path.with_name(f"{path.name}.new")
     for name in (draft, draft.with_name(f"{draft.name}-journal")):
         name.unlink(missing_ok=True)
@@ -168,7 +174,7 @@ async def _check(db: aiosqlite.Connection, path: Path) -> None:
 
 
 def _elsewhere(path: Path) -> str:
-    return f"Restore {path} from a backup, or move it away to start with an empty one."
+    return f"Move it away, with what is beside it (mv {path}* ELSEWHERE); restore a backup, or start with an empty one."
 
 
 # --- SQLite's errors as ours ---------------------------------------------------------------------------------------
@@ -186,8 +192,8 @@ def starting(path: Path) -> Iterator[None]:
 
 def _start_error(error: sqlite3.Error, path: Path) -> NimhostError:
     reason = _translate(error)
-    if isinstance(reason, DiskFull):
-        return reason
+    if isinstance(reason, DiskFull) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHMSIZE:
+        return DiskFull(f"The disk that holds {path} is full.", hint="Free some space there, then start again.")
     if isinstance(reason, NotReady):
         return StartError(f"{path} is locked by another program.", hint=f"See which: fuser -v {path}")
     code = _code(error)

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -58,7 +59,10 @@ class FakeContainer:
         self.log.append(text.encode() if isinstance(text, str) else text)
         self._notify()
 
-    def change(self, **fields: object) -> None:
+    def tail(self, lines: int) -> list[bytes]:
+        return b"".join(self.log).splitlines(keepends=True)[-lines if lines > 0 else 0 :] if lines else []
+
+    def change(self, **fields: Any) -> None:
         self.seen = replace(self.seen, **fields)
         self._notify()
 
@@ -229,7 +233,7 @@ class FakeContainers:
         container = self._existing(container_id)
         await self.start_held.wait()
         self._refuse_start(container)
-        if container.running:
+        if container.seen.state == "running":
             return container.seen
         container.change(state="running", started_at=time.time(), exit_code=None, finished_at=0.0, oom_killed=False)
         self._emit("start", container)
@@ -272,12 +276,12 @@ class FakeContainers:
 
     async def log_tail(self, container_id: str, lines: int = 80) -> str:
         await self._call("log_tail")
-        return b"".join(self._tail(self._existing(container_id), lines)).decode(errors="replace")
+        return b"".join(self._existing(container_id).tail(lines)).decode(errors="replace")
 
     async def logs(self, container_id: str, *, tail: int, follow: bool) -> AsyncGenerator[bytes, None]:
         await self._call("logs")
         container = self._existing(container_id)
-        for line in self._tail(container, tail):
+        for line in container.tail(tail):
             yield line
         shown = len(container.log)
         while follow and container.running and container_id in self.containers:
@@ -327,9 +331,6 @@ class FakeContainers:
         if container_id not in self.containers:
             raise DockerError(f"Docker: No such container: {container_id}")
         return self.containers[container_id]
-
-    def _tail(self, container: FakeContainer, lines: int) -> list[bytes]:
-        return b"".join(container.log).splitlines(keepends=True)[-lines if lines > 0 else 0 :] if lines else []
 
     async def _stop(self, container: FakeContainer, code: int) -> None:
         if not container.running:

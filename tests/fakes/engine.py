@@ -101,7 +101,8 @@ class Faults:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Faults:
         """Raises TypeError for a field that does not exist."""
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return cls(**values)
 
 
 class Received(NamedTuple):

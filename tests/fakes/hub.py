@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.fakes.xet import XetStorage
@@ -92,6 +92,10 @@ class Faults:
     bytes_per_s: float | None = None
     """Per connection."""
     ignore_range: bool = False
+    pages: int = 0
+    """So many requests for a part of a file are answered with a page, as by a proxy in between."""
+    shifted: int = 0
+    """So many requests for a part of a file are answered with another part."""
 
 
 @dataclass
@@ -166,7 +170,7 @@ class FakeHub:
         self._server.server_close()
         self._thread.join()
 
-    def __enter__(self) -> FakeHub:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -269,14 +273,16 @@ class Handler(XetStorage, BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         repo = self.hub.repos.get(repo_id)
         if token is not None and token not in self.hub.tokens:
-            return self._refuse(401, "", "Invalid credentials in Authorization header")
-        if repo is None or (repo.private and token not in repo.readers):
-            return self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-        if revision not in (*repo.branches, repo.commit):
-            return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        if content and repo.gated and token not in repo.readers:
-            return self._refuse(403 if token else 401, "GatedRepo", f"Access to model {repo_id} is restricted")
-        return repo
+            self._refuse(401, "", "Invalid credentials in Authorization header")
+        elif repo is None or (repo.private and token not in repo.readers):
+            self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+        elif revision not in (*repo.branches, repo.commit):
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        elif content and repo.gated and token not in repo.readers:
+            self._refuse(403 if token else 401, "GatedRepo", f"Access to model {repo_id} is restricted")
+        else:
+            return repo
+        return None
 
     def _api(self, repo_id: str, what: str, revision: str, query: dict[str, list[str]]) -> None:
         repo = self._repo(repo_id, revision, content=False)
@@ -332,7 +338,10 @@ class Handler(XetStorage, BaseHTTPRequestHandler):
         size = len(file.content)
         start, end = 0, size
         if wanted and not self.hub.faults.ignore_range:
+            if self.hub.use("pages"):
+                return self._reply(200, b"<html>Please log in to the network.</html>", {})
             start, end = int(wanted[1]), min(int(wanted[2] or size - 1) + 1, size)
+            start -= min(start, 1000) if self.hub.use("shifted") else 0
             if start >= size:
                 return self._reply(416, b"", {"Content-Range": f"bytes */{size}"})
             headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{size}"}

@@ -30,6 +30,8 @@ class FakeRegistry:
         """Path below /v2/ -> media type, content."""
         self.wants: str | None = "Bearer"
         """"Bearer", "Basic", or None: everybody may read."""
+        self.challenge = "{}"
+        """What it says it wants, with that in the place of `{}`."""
         self.realm = ""
         """Where tokens are given out; empty: here."""
         self.service: str | None = "registry.test"
@@ -130,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             realm = registry.realm or f"http://127.0.0.1:{registry.port}/token"
             service = f'service="{registry.service}",' if registry.service else ""
             challenge = f'{registry.wants} realm="{realm}",{service}scope="x:y"'
-            return self._reply(401, b"{}", {"WWW-Authenticate": challenge})
+            return self._reply(401, b"{}", {"WWW-Authenticate": registry.challenge.format(challenge)})
         if "/blobs/" in path:
             return self._reply(307, b"", {"Location": f"http://localhost:{registry.port}/cdn/{path}?signed=1"})
         return self._document(path)

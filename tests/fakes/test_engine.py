@@ -58,7 +58,7 @@ def ask(port: int, path: str, body: dict[str, Any] | None = None) -> tuple[int, 
     ],
 )
 def test_served_names_come_from_arguments_or_environment(
-    args: tuple[str, ...], env: dict[str, str], names: list[str]
+    args: tuple[str, ...], env: dict[str, Any], names: list[str]
 ) -> None:
     with program(*args, "--port", "0", **env) as process:
         _, models = ask(port_of(process), "/v1/models")
@@ -114,9 +114,9 @@ def test_adapters_as_vllm_has_them(tmp_path: Path) -> None:
 def test_adapters_that_vllm_refuses(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 32}')
     load = {"lora_name": "ws--x", "lora_path": str(tmp_path)}
-    enabled = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     for rank, status in (("16", 500), ("32", 200)):
-        with program("m", "--port", "0", "--enable-lora", "--max-lora-rank", rank, **enabled) as process:
+        args = ("m", "--port", "0", "--enable-lora", "--max-lora-rank", rank)
+        with program(*args, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as process:
             port = port_of(process)
             assert adapter_status(port, "load", load) == status
             assert adapter_status(port, "load", {**load, "lora_name": "m"}) == 400

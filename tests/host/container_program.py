@@ -5,9 +5,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import TextIO
 
 
-def say(text: str, file=sys.stdout) -> None:
+def say(text: str, file: TextIO = sys.stdout) -> None:
     print(text, file=file, flush=True)
 
 
@@ -40,5 +42,8 @@ def quiet() -> None:
     time.sleep(600)
 
 
+PROGRAMS: dict[str, Callable[..., None]] = {
+    "serve": serve, "fail": fail, "talk": talk, "ignore-stop": ignore_stop, "quiet": quiet,
+}  # fmt: skip
 what, *arguments = sys.argv[1:]
-{"serve": serve, "fail": fail, "talk": talk, "ignore-stop": ignore_stop, "quiet": quiet}[what](*arguments)
+PROGRAMS[what](*arguments)

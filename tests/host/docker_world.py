@@ -39,7 +39,7 @@ def stop_engine(second: Path) -> None:
 
 
 def _engine(verb: str, second: Path | None) -> str:
-    command = [ROOT / "scripts" / "engine", verb, *(["--second", second] if second else [])]
+    command = [str(ROOT / "scripts" / "engine"), verb, *(["--second", str(second)] if second else [])]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

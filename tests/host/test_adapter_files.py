@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from nimhost.errors import DiskFull, WeightsMissing
-from nimhost.host import adapter_files
 from nimhost.host.adapter_files import AdapterFiles
 from nimhost.refs import Ref
 from tests.tiny import tiny_lora
@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_nothing_behind(files: AdapterFiles, source: Path, mo
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(adapter_files.shutil, "copyfileobj", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(DiskFull):
         copy(files, source)
     assert list(home(files).iterdir()) == []

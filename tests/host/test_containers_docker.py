@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -57,8 +58,8 @@ def wire(client: docker.APIClient, tmp_path: Path) -> Iterator[docker_world.Wire
             client.remove_image(f"127.0.0.1:{made.port}/big:1", force=True)
 
 
-def spec(*args: str, **more: object) -> ContainerSpec:
-    return ContainerSpec(image=docker_world.IMAGE, args=args, probe=Probe("/"), **more)  # type: ignore[arg-type]
+def spec(*args: str, **more: Any) -> ContainerSpec:
+    return ContainerSpec(image=docker_world.IMAGE, args=args, probe=Probe("/"), **more)
 
 
 # --- what Docker is told -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from nimhost.errors import (
     RegistryDenied,
     RegistryUnavailable,
 )
-from nimhost.host import containers, docker_errors
+from nimhost.host import containers
 from nimhost.host.containers import DockerContainers
 from nimhost.host.docker_errors import refusal, unreachable
 
@@ -131,7 +132,7 @@ def wrapped(cause: OSError) -> Exception:
 def test_docker_out_of_reach_says_what_to_type(
     cause: OSError, installed: bool, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(docker_errors.shutil, "which", lambda _: "/usr/bin/docker" if installed else None)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/docker" if installed else None)
 
     error = unreachable(wrapped(cause), "unix:///var/run/docker.sock")
 

@@ -203,7 +203,7 @@ async def test_a_full_disk_says_so_and_leaves_nothing(storage: FileStorage, monk
 
     base = storage.directory("default", "fs")
     with monkeypatch.context() as patched:
-        patched.setattr(files_module.os, "write", full)
+        patched.setattr(os, "write", full)
         with pytest.raises(DiskFull):
             await storage.write(base, "w", chunks(b"x"))
     assert list((storage.root / ".incoming").iterdir()) == []

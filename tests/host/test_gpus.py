@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +72,7 @@ class Nvml:
         return len(self.devices)
 
     def __getattr__(self, name: str) -> Any:
-        calls = {
+        calls: dict[str, Callable[[Any], Any]] = {
             "nvmlDeviceGetUUID": lambda d: d.uuid,
             "nvmlDeviceGetName": lambda d: d.name,
             "nvmlDeviceGetMemoryInfo": lambda d: SimpleNamespace(total=d.total, used=d.used),
@@ -303,11 +304,22 @@ async def test_driver_that_hangs_is_a_problem_and_holds_one_thread() -> None:
     await gpus.close()
 
 
+@pytest.mark.usefixtures("impatient")
+async def test_driver_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus_module, "_CLOSE_S", 0.05)
+    nvml = Nvml(Device("GPU-a"))
+    nvml.held.clear()
+    gpus = gpus_on(nvml)
+    assert "did not answer" in ((await gpus.read()).problem or "")
+    await asyncio.wait_for(gpus.close(), 5)
+    nvml.held.set()
+
+
 # --- simulated -----------------------------------------------------------------------------------------------------
 
 
 async def test_simulated_gpus_have_lasting_uuids() -> None:
-    first = await SimulatedGpus([{"name": "SIM-80G", "memory_gib": 80}, {"name": "SIM-80G", "memory_gib": 80}]).read()
+    first = await SimulatedGpus([SimulatedGpu(name="SIM-80G", memory_gib=80)] * 2).read()
     second = await SimulatedGpus([SimulatedGpu(name="SIM-80G", memory_gib=80)]).read()
 
     assert first.gpus[0].uuid == second.gpus[0].uuid
@@ -319,15 +331,14 @@ async def test_simulated_gpus_have_lasting_uuids() -> None:
 
 def test_simulated_gpus_cannot_be_one_and_the_same() -> None:
     with pytest.raises(ConfigError, match="two GPUs have the uuid GPU-1"):
-        SimulatedGpus([{"name": "x", "memory_gib": 1, "uuid": "GPU-1"}] * 2)
+        SimulatedGpus([SimulatedGpu(name="x", memory_gib=1, uuid="GPU-1")] * 2)
 
 
 async def test_simulated_gpu_shows_what_the_settings_say() -> None:
     process = {"pid": 7, "name": "python", "user": "ada", "used_gib": 2}
-    settings = {
-        "name": "X", "memory_gib": 16, "uuid": "GPU-x", "driver": "580.1", "cuda": "13.0", "used_gib": 3.5,
-        "processes": [process],
-    }  # fmt: skip
+    settings = SimulatedGpu(
+        name="X", memory_gib=16, uuid="GPU-x", driver="580.1", cuda="13.0", used_gib=3.5, processes=[process]
+    )
     facts = await SimulatedGpus([settings]).read()
     (gpu,) = facts.gpus
 
@@ -336,27 +347,26 @@ async def test_simulated_gpu_shows_what_the_settings_say() -> None:
 
 
 async def test_simulated_gpus_are_linked_both_ways() -> None:
-    settings = [{"name": "X", "memory_gib": 1, "links": {"1": "nvlink"}}, {"name": "X", "memory_gib": 1}]
+    settings = [SimulatedGpu(name="X", memory_gib=1, links={"1": "nvlink"}), SimulatedGpu(name="X", memory_gib=1)]
     one, other = (await SimulatedGpus(settings).read()).gpus
     assert (one.links, other.links) == ({other.uuid: "nvlink"}, {one.uuid: "nvlink"})
 
 
 async def test_simulated_gpus_change_when_a_test_says_so() -> None:
-    gpus = SimulatedGpus([{"name": "X", "memory_gib": 16, "used_gib": 0}])
-    gpus.settings[0] = {"name": "X", "memory_gib": 16, "used_gib": 4}
+    gpus = SimulatedGpus([SimulatedGpu(name="X", memory_gib=16)])
+    gpus.settings[0] = SimulatedGpu(name="X", memory_gib=16, used_gib=4)
     assert (await gpus.read()).gpus[0].used_bytes == 4 * GIB
 
     gpus.settings.clear()
     assert (await gpus.read()).gpus == ()
 
 
-@pytest.mark.parametrize("settings", [{"name": "X"}, {"name": "X", "memory_gib": 1, "speed": 2},
-    {"name": "X", "memory_gib": 1, "processes": [{"name": "no pid"}]},
-    {"name": "X", "memory_gib": 1, "links": {"0": "string"}},
-    {"name": "X", "memory_gib": 1, "links": {"7": "nvlink"}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [{"processes": [{"name": "no pid"}]}, {"links": {"0": "string"}}, {"links": {"7": "nvlink"}}]
+)
 def test_simulated_gpu_with_wrong_settings_is_refused_at_once(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="GPU 0"):
-        SimulatedGpus([settings])
+        SimulatedGpus([SimulatedGpu(name="X", memory_gib=1, **settings)])
 
 
 # --- limits --------------------------------------------------------------------------------------------------------
@@ -381,7 +391,7 @@ def test_only_the_named_gpus_are_used(devices: list[str | int], kept: list[str])
 
 
 async def test_named_gpu_that_is_not_there_is_said() -> None:
-    facts = limited(await SimulatedGpus([{"name": "X", "memory_gib": 1}]).read(), ["0", "7"])
+    facts = limited(await SimulatedGpus([SimulatedGpu(name="X", memory_gib=1)]).read(), ["0", "7"])
 
     assert len(facts.gpus) == 1
     assert "7" in (facts.problem or "")

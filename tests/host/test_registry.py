@@ -103,6 +103,20 @@ async def test_a_login_is_shown_where_it_is_wanted_and_not_where_blobs_are(regis
 
 
 @pytest.mark.parametrize(
+    "challenge",
+    [
+        'Basic realm="here, there", {}', '{}, Basic realm="https://elsewhere.test/token"', "Negotiate, {}",
+        "Negotiate YWJj==, {}", '{},Digest realm=x, qop="auth, auth-int"', "bearer  {}",
+    ],
+)  # fmt: skip
+async def test_of_several_challenges_in_a_line_the_one_that_can_be_met_is(
+    registry: FakeRegistry, challenge: str
+) -> None:
+    registry.challenge = challenge
+    assert await Registries().ask(registry.add("nim/x:1"), "amd64")
+
+
+@pytest.mark.parametrize(
     ("image", "realm", "shown"),
     [
         ("nvcr.io/x", "https://nvcr.io/proxy_auth", True),

@@ -90,6 +90,28 @@ def test_the_key_of_another_installation_is_refused_at_the_start(tmp_path: Path)
         Vault.load(tmp_path / "b", [(sealed, "default/k")])
 
 
+def test_one_damaged_secret_is_no_reason_to_call_the_key_a_wrong_one(tmp_path: Path) -> None:
+    vault = Vault.load(tmp_path / "key")
+    damaged, whole = (vault.seal("x", "default/other"), "default/damaged"), (vault.seal("y", "default/k"), "default/k")
+    assert Vault.load(tmp_path / "key", [damaged, whole]).open(*whole) == "y"
+
+
+@pytest.mark.fault(20)
+def test_a_key_is_not_deleted_before_it_is_known_not_to_be_needed(tmp_path: Path) -> None:
+    """Cut off after the transaction of a rotation; then somebody put another database there for a while."""
+    path = tmp_path / "key"
+    vault = Vault.load(path)
+    old = vault.seal("x", "default/k")
+    vault.write_next_key()
+    new = vault.rewrap(old, "default/k")
+    of_another = Vault(b"7" * 32).seal("x", "default/k")
+    with pytest.raises(StartError, match="the key of another one"):
+        Vault.load(path, [(of_another, "default/k")])
+    damaged = (of_another, "default/damaged")
+    assert Vault.load(path, [damaged, (new, "default/k")]).open(new, "default/k") == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", base64.b64encode(b"short"), b"\xff" * 44])
 def test_a_file_that_holds_no_key_is_refused_and_not_overwritten(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "key"

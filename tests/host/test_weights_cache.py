@@ -4,6 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,10 +24,11 @@ LLAMA = {
 
 
 def safetensors(**shapes: tuple[int, ...]) -> bytes:
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * shape[0] * shape[1]
-        header[name.replace("__", ".")] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}  # type: ignore[assignment, dict-item]
+        header[name.replace("__", ".")] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(end)
 
@@ -76,6 +78,21 @@ WHOLE = safetensors(a=(2, 3))
         ({"config.json": b"{}", "a.safetensors": WHOLE, "pytorch_model.bin.index.json": index("q.bin")}, True),
         ({"config.json": b"{}", "m-00001-of-00002.safetensors": WHOLE}, False),
         ({"config.json": b"{}", "m-00001-of-00002.safetensors": WHOLE, "m-00002-of-00002.safetensors": WHOLE}, True),
+        ({"config.json": b"{}", "m-00001-of-99999999999999.safetensors": WHOLE}, False),
+        (
+            {"config.json": b"{}", "a.safetensors": WHOLE, "model.safetensors.index.json": b"[" * 100_000},
+            False,
+        ),
+        ({"config.json": b"{}", "a.safetensors": (100_000).to_bytes(8, "little") + b'{"a":' + b"[" * 99_995}, False),
+        ({"config.json": b"{}", "m-1-of-2.safetensors": WHOLE, "n-2-of-2.safetensors": WHOLE}, False),
+        (
+            {
+                "config.json": b"{}",
+                "a.safetensors": WHOLE,
+                "model.safetensors.index.json": b'{"weight_map": {"x": 5, "y": null}}',
+            },
+            False,
+        ),
         ({"adapter_config.json": b"{}", "adapter_model.safetensors": WHOLE}, True),
     ],
 )

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,7 @@ import pytest
 from nimhost.errors import DiskFull, HostError, HubUnavailable, WeightsCorrupt, WeightsGated
 from nimhost.host.weights import Limits, Repo, Weights, WeightsProgress
 from nimhost.host.weights import child as weights_child
-from nimhost.host.weights import disk as weights_disk
 from nimhost.host.weights import locks as weights_locks
-from nimhost.host.weights import meter as weights_meter
-from nimhost.host.weights import parts as weights_parts
 from nimhost.host.weights.cache import PARTIAL, RepoCache
 from nimhost.host.weights.choice import HubFile
 from nimhost.host.weights.disk import promised_bytes, reserved_space
@@ -146,7 +144,7 @@ async def test_download_that_stalls_for_good_gives_up(hub: FakeHub, cache: Path)
 
 def test_silence_is_reported_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(weights_meter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     meter = Meter(1000)
     meter.receive(500)
     assert meter.read().message == ""
@@ -158,7 +156,7 @@ def test_silence_is_reported_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rate_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(weights_meter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     meter = Meter(10_000)
     meter.have(4000)
     for _ in range(20):
@@ -183,6 +181,14 @@ async def test_hub_without_ranges_is_read_from_the_start(hub: FakeHub, cache: Pa
     news = News()
     assert content((await Weights(cache, hub.url, False, QUICK).fetch(BIG, None, news)).path) == FILES
     assert news.all[-1].done_bytes == SIZE
+
+
+@pytest.mark.fault(18)
+async def test_a_page_in_the_place_of_the_rest_costs_nothing_that_came(hub: FakeHub, cache: Path) -> None:
+    hub.faults.drops, hub.faults.drop_after_bytes, hub.faults.pages = 3, 2 * MIB, 2
+    assert content((await Weights(cache, hub.url, False, QUICK).fetch(BIG, None, News())).path) == FILES
+    assert hub.sent_bytes() == SIZE
+    assert hub.faults.pages == 0
 
 
 # --- what came is wrong --------------------------------------------------------------------------------------------
@@ -327,8 +333,8 @@ async def test_left_over_lock_files_hold_nothing_up(hub: FakeHub, cache: Path) -
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
-    usage = weights_disk.shutil._ntuple_diskusage(free_bytes, 0, free_bytes)  # type: ignore[attr-defined]
-    monkeypatch.setattr(weights_disk.shutil, "disk_usage", lambda _: usage)
+    usage = shutil._ntuple_diskusage(free_bytes, 0, free_bytes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
 
 def files_of(size_bytes: int) -> list[HubFile]:
@@ -401,7 +407,7 @@ def test_disk_that_fills_up_is_named_and_what_came_is_kept(
 
     job = Job(BIG, hub.url, str(cache), None, QUICK)
     with monkeypatch.context() as patch:
-        patch.setattr(weights_parts.os, "pwrite", until_full)
+        patch.setattr(os, "pwrite", until_full)
         with pytest.raises(OSError, match="No space left") as full:
             weights_child.download(job)
     error = weights_child._of_the_disk(full.value, cache)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+import time
 import urllib.error
 from email.message import Message
 from io import BytesIO
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 
 from nimhost.errors import HostError, HubUnavailable, NimhostError
+from nimhost.host.hub_files import HubFiles, RemoteFile
 from nimhost.host.weights import Limits, Repo, Weights
 from nimhost.host.weights import child as weights_child
 from nimhost.host.weights import hub as weights_hub
@@ -25,6 +29,7 @@ from nimhost.host.weights.wire import Job
 from tests.fakes.hub import FakeHub
 from tests.fakes.ngc import KEY, FakeNgc
 from tests.host.weights_world import TINY
+from tests.support import eventually
 
 FILES = {f"part-{n}.safetensors": bytes([n]) * 100 for n in range(20)} | {"config.json": b"{}"}
 QUICK = Limits(stall_s=5, tries=2, backoff_s=0.01)
@@ -64,6 +69,19 @@ def test_a_listing_that_goes_on_and_on_ends(monkeypatch: pytest.MonkeyPatch) -> 
         hub.tree("a" * 40, silent)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"path": 5}, {"path": None}, {"size": -1}, {"size": "many"}, {"oid": "x"}, {"oid": ["a" * 40]},
+     {"lfs": {"oid": "a" * 64, "size": -7}}, {"lfs": 7}],
+)  # fmt: skip
+def test_a_listing_of_what_are_no_files_is_none(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub("http://h", None, QUICK, TINY)
+    entry = {"type": "file", "path": "config.json", "size": 1, "oid": "a" * 40}
+    monkeypatch.setattr(hub, "json", lambda url, say: ([{**entry, **change}], Message()))
+    with pytest.raises(HubUnavailable, match="does not answer like a model hub"):
+        hub.tree("a" * 40, silent)
+
+
 def test_a_listing_of_ngc_with_more_pages_than_files_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Ngc("http://h", KEY, QUICK, Repo("o/t/n", "1", registry="ngc"))
     endless = {"modelFiles": [], "paginationInfo": {"totalPages": 10**9}}
@@ -99,6 +117,28 @@ def test_what_a_hub_says_at_length_is_cut() -> None:
         with urllib.error.HTTPError("http://h/x", 403, "no", headers, BytesIO(body)) as said:
             assert len(hub._refused(said).message) < 1000
     assert len(weights_hub.reason(OSError("y" * 60_000), 1)) <= 500
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ({"Retry-After": "12"}, 12.0), ({"Retry-After": "soon"}, None), ({}, None),
+        ({"RateLimit": "limit=1;r=0;t=55"}, 55.0),
+        # By the hub's clock, whatever ours says.
+        ({"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT", "Date": "Fri, 31 Dec 1999 23:59:29 GMT"}, 30.0),
+        ({"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT", "Date": "Sat, 01 Jan 2000 00:00:00 GMT"}, 0.0),
+        # No calendar has a year for what these come to.
+        ({"Retry-After": "9" * 15}, 86_400.0), ({"Retry-After": "9" * 400}, 86_400.0),
+        ({"RateLimit": "r=0;t=" + "9" * 15}, 86_400.0),
+        ({"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT", "Date": "Fri, 31 Dec 1999 23:59:29 GMT"}, 86_400.0),
+        ({"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}, None), ({"Retry-After": "Fri, 31 Dec", "Date": "x"}, None),
+    ],
+)  # fmt: skip
+def test_a_hub_says_when_to_come_again(said: dict[str, str], seconds: float | None) -> None:
+    headers = Message()
+    for name, value in said.items():
+        headers[name] = value
+    assert weights_hub.retry_after(headers) == seconds
 
 
 @pytest.mark.fault(37)
@@ -140,6 +180,50 @@ def test_a_reply_that_is_nested_without_end_is_no_reply(hub: FakeHub, monkeypatc
     monkeypatch.setattr(json, "dumps", lambda *_, **__: "[" * 100_000)
     with pytest.raises(NimhostError, match="does not answer like a model hub"):
         Hub(hub.url, None, QUICK, TINY).commit(silent)
+
+
+@pytest.mark.parametrize("fault", ["pages", "shifted"])
+async def test_a_reader_gets_the_part_it_asked_for_or_none(hub: FakeHub, cache: Path, fault: str) -> None:
+    hub.add("org/tiny", {"data.bin": bytes(range(256)) * 8})
+    file = await HubFiles(cache, hub.url, False).open_file(TINY, None, "data.bin")
+    assert isinstance(file, RemoteFile)
+    setattr(hub.faults, fault, 1)
+    with pytest.raises(HubUnavailable, match="something else than the file"):
+        await file.begin(1100, 1200)
+    await file.begin(1100, 1200)
+    assert b"".join([piece async for piece in file.read(1100, 1200)]) == (bytes(range(256)) * 8)[1100:1200]
+    file.close()
+
+
+async def test_who_leaves_while_a_hub_is_silent_holds_up_nobody(hub: FakeHub, cache: Path) -> None:
+    hub.add("org/tiny", {"data.bin": bytes(3_000_000)})
+    hub.faults.stalls, hub.faults.stall_after_bytes = 1, 500_000
+    file = await HubFiles(cache, hub.url, False).open_file(TINY, None, "data.bin")
+    assert isinstance(file, RemoteFile)
+    await file.begin(0, 3_000_000)
+    reading = asyncio.ensure_future(anext(file.read(0, 3_000_000)))
+    await eventually(lambda: hub.sent_bytes() >= 500_000)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    began = time.monotonic()
+    file.close()
+    assert time.monotonic() - began < 1
+
+
+async def test_a_repository_of_many_files_is_not_looked_through_on_the_loop(
+    hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_in, is_file = set(), Path.is_file
+
+    def noted(self: Path) -> bool:
+        looked_in.add(threading.current_thread())
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", noted)
+    listed = await HubFiles(cache, hub.url, False).list_files(TINY, None)
+    assert {file.path: file.cached for file in listed} == dict.fromkeys(sorted(FILES), False)
+    assert looked_in
+    assert threading.main_thread() not in looked_in
 
 
 def test_a_file_that_goes_while_it_is_looked_at_is_no_sign_of_life(

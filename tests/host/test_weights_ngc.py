@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nimhost.errors import HubUnavailable, WeightsCorrupt, WeightsGated, WeightsMissing
+from nimhost.errors import HostError, HubUnavailable, WeightsCorrupt, WeightsGated, WeightsMissing
 from nimhost.host.weights import Limits, Repo, Weights, WeightsProgress
-from nimhost.host.weights.ngc import open_registry
+from nimhost.host.weights.ngc import Ngc
 from tests.fakes.ngc import KEY, FakeNgc
 from tests.support import eventually
 
@@ -105,13 +105,13 @@ async def test_everything_of_a_resource_is_fetched(ngc: FakeNgc, cache: Path) ->
     ],
 )
 async def test_each_refusal_says_what_to_do(
-    ngc: FakeNgc, cache: Path, key: str | None, change: dict[str, object], error: type, says: str, helps: str
+    ngc: FakeNgc, cache: Path, key: str | None, change: dict[str, object], error: type[HostError], says: str, helps: str
 ) -> None:
     for field, value in change.items():
         setattr(ngc.artifacts[NAME], field, value)
     with pytest.raises(error, match=says) as refused:
         await weights_at(cache).fetch(repo(ngc), key, nobody)
-    assert helps in refused.value.hint
+    assert helps in (refused.value.hint or "")
     assert refused.value.final
     assert ngc.sent_bytes() == 0
     assert key is None or key not in f"{refused.value.message}{refused.value.hint}"
@@ -170,9 +170,9 @@ async def test_what_cannot_be_an_artifact_is_refused(ngc: FakeNgc, cache: Path, 
         weights_at(cache).present(repo(ngc, "1", name))
 
 
-def test_a_host_that_is_no_ngc_is_told(ngc: FakeNgc) -> None:
+def test_a_host_that_is_no_ngc_is_told(ngc: FakeNgc, monkeypatch: pytest.MonkeyPatch) -> None:
     ngc.page_size = 0
-    hub = open_registry(repo(ngc), "", KEY, QUICK)
-    hub._artifact = lambda: f"{ngc.url}/__stats?"  # type: ignore[attr-defined]
+    hub = Ngc(ngc.url, KEY, QUICK, repo(ngc))
+    monkeypatch.setattr(hub, "_artifact", lambda: f"{ngc.url}/__stats?")
     with pytest.raises(HubUnavailable, match="does not answer like NGC"):
-        hub._latest(lambda text: None)  # type: ignore[attr-defined]
+        hub._latest(lambda text: None)

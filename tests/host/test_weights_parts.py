@@ -86,6 +86,20 @@ async def test_a_hub_without_ranges_is_read_over_one_connection(hub: FakeHub, ca
     assert news.all[-1].done_bytes == news.all[-1].total_bytes
 
 
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("fault", ["pages", "shifted"])
+async def test_what_is_no_part_of_the_file_costs_nothing_that_came(hub: FakeHub, cache: Path, fault: str) -> None:
+    hub.faults.bytes_per_s = 1e6
+    await interrupt_at(Weights(cache, hub.url, False, QUICK), 3 * MIB)
+    there = arrived_bytes(partial_of(cache), SIZE)
+    hub.faults.bytes_per_s = None
+    hub.forget()
+    setattr(hub.faults, fault, 3)
+    assert content((await Weights(cache, hub.url, False, QUICK).fetch(BIG, None, News())).path) == FILES
+    assert hub.sent_bytes(SHARD) < SIZE - there + MIB
+    assert getattr(hub.faults, fault) == 0
+
+
 @pytest.mark.fault(14)
 async def test_a_hub_that_stays_away_ends_all_connections(hub: FakeHub, cache: Path) -> None:
     hub.faults.busy, hub.faults.busy_status, hub.faults.retry_after_s, hub.faults.busy_where = 500, 503, None, "/cdn/"

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,11 +171,12 @@ def test_what_a_kill_9_left_half_written_goes_with_the_rest(cache: Path, snapsho
 def test_what_has_come_and_is_not_linked_yet_cannot_be_removed(
     hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link, tried = RepoCache.link, []
+    link = RepoCache.link
+    tried: list[object] = []
 
-    def prune_first(self: RepoCache, *rest: object) -> None:
+    def prune_first(self: RepoCache, *rest: Any) -> None:
         tried.extend(remove(cache, held) for held in scan(cache))
-        link(self, *rest)  # type: ignore[arg-type]
+        link(self, *rest)
 
     monkeypatch.setattr(RepoCache, "link", prune_first)
     assert content(fetch(hub, cache)) == FILES

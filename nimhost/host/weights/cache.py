@@ -12,7 +12,9 @@ import errno
 import json
 import os
 import re
+import secrets
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -156,7 +158,7 @@ class RepoCache:
         try:
             files = json.loads(_read(self.dir / "trees" / f"{commit}.json") or b"null")["files"]
             tree = [HubFile(path, f["size"], f.get("lfs_sha256") or f["blob_id"]) for path, f in files.items()]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         chosen = wanted(tree, self.repo.repo_type)
         has_weights = self.repo.repo_type != "model" or any(is_weights(file.path) for file in chosen)
@@ -271,22 +273,18 @@ def looks_complete(snapshot: Path) -> bool:
     safe = {path.name for path in snapshot.glob("*.safetensors")}
     indexes = [*snapshot.glob("*.safetensors.index.json")] or ([] if safe else [*snapshot.glob("*.bin.index.json")])
     try:
-        named = {name for index in indexes for name in json.loads(index.read_bytes())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        named = {str(name) for index in indexes for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         return False
     there = safe or {path.name for path in snapshot.glob("*.bin")}
     has_config = (snapshot / "config.json").is_file() or (snapshot / "adapter_config.json").is_file()
-    return has_config and bool(there) and all(_whole(snapshot / name) for name in named | _parts(there))
+    return has_config and bool(there) and _all_parts(there) and all(_whole(snapshot / name) for name in named | there)
 
 
-def _parts(names: set[str]) -> set[str]:
-    """These files, and the other parts where one is a part: `-00001-of-00002` has a `-00002-of-00002`."""
-    parts = set(names)
-    for name in names:
-        if match := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", name):
-            start, digits, last, end = match[1], len(match[2]), match[3], match[4]
-            parts |= {f"{start}{n:0{digits}}-of-{last}{end}" for n in range(1, int(last) + 1)}
-    return parts
+def _all_parts(names: set[str]) -> bool:
+    """Whether there are as many parts as one says: `-00001-of-00002` is one of two."""
+    parts = (re.fullmatch(r"(.*-)\d+-of-(\d+)(\..*)", name) for name in names)
+    return all(count == int(last) for (_, last, _), count in Counter(part.groups() for part in parts if part).items())
 
 
 def _whole(path: Path) -> bool:
@@ -315,12 +313,16 @@ def is_version(text: str) -> bool:
 def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
     """`scratch`: the folder it is made in, on the same file system; None: its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = (scratch or path.parent) / f"{path.name}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = (scratch or path.parent) / f"{path.name}.{secrets.token_hex(4)}.tmp"  # others may write it as well
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _check(repo: Repo) -> None:

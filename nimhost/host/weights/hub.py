@@ -15,8 +15,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from email.message import Message
-from typing import IO, Any
+from email.utils import parsedate_to_datetime
+from typing import IO, Annotated, Any
 from urllib.parse import quote, urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
 
 from nimhost import __version__
 from nimhost.errors import HostError, HubUnavailable, NimhostError, WeightsGated, WeightsMissing
@@ -26,6 +30,8 @@ from nimhost.host.weights.wire import Limits, Repo
 NETWORK = (OSError, http.client.HTTPException)
 BUSY = (408, 429, 500, 502, 503, 504)
 _MAX_PAUSE_S = 30.0
+MOST_WAIT_S = 86_400.0
+"""Whatever a hub asks for: the time at which to come again has to be one that can be written down."""
 LISTING_BYTES = 64 << 20
 """Of one reply about a repository: a page of names."""
 MOST_FILES = 500_000
@@ -126,6 +132,19 @@ class Hub:
         if not found:
             raise Interrupted("connection closed early")
         return found
+
+    def sends_part(self, response: http.client.HTTPResponse, start: int, size_bytes: int) -> bool:
+        """Whether a response is the file from byte `start` on; if not it is all of the file, by who knows no ranges.
+
+        Closes what is neither, as a page of a proxy, and raises Interrupted: what came before is worth no less by that.
+        """
+        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
+        if response.status == 206 and part and int(part[1]) == start and part[2] in ("*", str(size_bytes)):
+            return True
+        if response.status != 206 and response.length in (None, size_bytes):
+            return False
+        response.close()
+        raise Interrupted(f"{urlsplit(response.url).hostname} sends something else than the file")
 
     def json(self, url: str, say: Say) -> tuple[Any, Message]:
         """The decoded body and the headers; patient, so raises what `open` raises, or HubUnavailable."""
@@ -234,12 +253,21 @@ _ALLOW = (
 
 
 def retry_after(headers: Message) -> float | None:
-    """Seconds that the hub asks to wait: `Retry-After`, or the reset time of an exhausted `RateLimit` (`r=0;t=55`)."""
+    """Seconds that the hub asks to wait, no more than MOST_WAIT_S: `Retry-After`, which may be a date by its own clock
+    (RFC 9110, 10.2.3), or the reset time of an exhausted `RateLimit` (`r=0;t=55`)."""
     text = headers.get("Retry-After") or ""
     limited = re.search(r"r=0;\s*t=(\d+)", headers.get("RateLimit") or "")
     if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    return float(limited.group(1)) if limited else None
+        asked = float(text)
+    elif limited:
+        asked = float(limited[1])
+    else:
+        try:
+            there = parsedate_to_datetime(headers.get("Date") or "")
+            asked = (parsedate_to_datetime(text) - there).total_seconds()
+        except (ValueError, TypeError):  # no dates, or one without a zone
+            return None
+    return min(max(0.0, asked), MOST_WAIT_S)
 
 
 def reason(error: BaseException, stall_s: float) -> str:
@@ -266,12 +294,22 @@ def _body(response: http.client.HTTPResponse) -> bytes:
     return b"".join(pieces)
 
 
-def _hub_file(entry: dict[str, Any]) -> HubFile:
-    lfs = entry.get("lfs") or {}
-    digest = str(lfs.get("oid") or entry["oid"])
-    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest):
-        raise TypeError(f"'{digest}' is not a hash")
-    return HubFile(entry["path"], int(lfs.get("size") or entry["size"]), digest, bool(entry.get("xetHash")))
+class _Blob(Struct):
+    oid: Annotated[str, Meta(pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")]
+    size: Annotated[int, Meta(ge=0)]
+
+
+class _Entry(_Blob, rename={"xet": "xetHash"}):
+    path: str
+    lfs: _Blob | None = None
+    xet: str | None = None
+
+
+def _hub_file(entry: object) -> HubFile:
+    """Raises ValueError for what tells of no file."""
+    found = msgspec.convert(entry, _Entry)
+    blob = found.lfs or found
+    return HubFile(found.path, blob.size, blob.oid, bool(found.xet))
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -197,11 +197,11 @@ class PartedTransfer:
                 return
 
     def _stream(self, fd: int, part: int, who: str) -> None:
-        """What one request brings. Raises Interrupted when it ends early, NoRanges for a reply without the range."""
+        """What one request brings. Raises Interrupted when it ends early, NoRanges for all of the file."""
         parts, stop = self._parts, self._parts.stop(part)
         start = parts.start(part) + parts.done[part]
         with self._hub.open(self._url, start, stop) as response:
-            if not (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            if not self._hub.sends_part(response, start, parts.size_bytes):
                 raise NoRanges
             while left := stop - parts.start(part) - parts.done[part]:
                 chunk = self._hub.chunk(response, min(CHUNK_BYTES, left))

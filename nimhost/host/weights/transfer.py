@@ -150,7 +150,7 @@ class FileTransfer:
     def _stream(self, fd: int, digest: Digest) -> None:
         """Append what one request brings. Raises Interrupted when it ends early."""
         with self._hub.open(self._url, digest.length) as response:
-            if digest.length and not _continues(response.headers.get("Content-Range"), digest.length):
+            if not self._hub.sends_part(response, digest.length, self._file.size_bytes) and digest.length:
                 self._meter.have(-digest.length)  # the hub sends it all again: so be it
                 os.ftruncate(fd, 0)
                 digest.restart()
@@ -172,10 +172,6 @@ def digest_of(path: Path, file: HubFile) -> Digest:
         while chunk := content.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest
-
-
-def _continues(content_range: str | None, start: int) -> bool:
-    return (content_range or "").startswith(f"bytes {start}-")
 
 
 def _sync(path: Path) -> None:
