@@ -107,7 +107,7 @@ class Daemon:
         self.executor = self._make_executor()
         self.reconciler = self._make_reconciler()
         self.pulls = Pulls(self.weights, store, self.secret)
-        self.stock = Stock(self.weights, store, self.pulls, self.reconciler.read_desired)
+        self.stock = Stock(self.weights, store, self.pulls, self.reconciler.read_desired, self.reconciler.room_made)
         self.view.executor, self.view.reconciler = self.executor, self.reconciler
         self.gateway.on_idle = self._wake
         copies = AdapterCopies(

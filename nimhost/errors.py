@@ -29,6 +29,7 @@ Every error has a `message` (what happened and why) and, where something can be 
     │   ├── RegistryDenied         the registry wants (other) credentials
     │   ├── RegistryUnavailable    the registry cannot be reached, is busy, or stalled
     │   ├── GpuUnavailable
+    │   ├── Unstorable             what one row is to say cannot be stored; other rows can
     │   ├── DiskFull          507
     │   ├── HubUnavailable    502  the model hub cannot be reached, is busy, or stalled
     │   ├── WeightsGated           the repository wants a licence accepted or a token
@@ -194,6 +195,10 @@ class RegistryUnavailable(HostError):
 
 class GpuUnavailable(HostError):
     final = False
+
+
+class Unstorable(HostError):
+    pass
 
 
 class DiskFull(HostError):

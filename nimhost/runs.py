@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -25,6 +26,8 @@ class Failure(Struct, frozen=True, kw_only=True):
 
     message: str
     final: bool
+    full_at: float = 0.0
+    """When a disk was full, if that is what it was: Unix time in seconds."""
 
 
 class Run(Struct, frozen=True, kw_only=True):
@@ -58,6 +61,8 @@ class Run(Struct, frozen=True, kw_only=True):
     """The container that has been READY: tells an engine that broke from one that is still loading."""
     pulling: bool = False
     """The pull of its image has begun: whatever speaks against it was looked at before, the room that it takes too."""
+    container: str | None = None
+    """The container that was last seen to run, until nimhost removes it: where it is missing, somebody else did."""
     exited_container: str | None = None
     """The container whose exit is already counted in `attempts`."""
     waiting_since: float = 0.0
@@ -73,7 +78,14 @@ class Run(Struct, frozen=True, kw_only=True):
     def forgiven(self) -> Run:
         """With nothing held against it: what a person gets who says stop or start."""
         previous = self.previous.forgiven() if self.previous else None
-        return replace(self, attempts=0, failure=None, retry_at=0.0, waiting_since=0.0, previous=previous)
+        return replace(
+            self, attempts=0, failure=None, retry_at=0.0, waiting_since=0.0, container=None, previous=previous
+        )
+
+    def without(self, containers: Collection[str]) -> Run:
+        """With none of these missed once they are gone."""
+        previous = self.previous.without(containers) if self.previous else None
+        return replace(self, container=None if self.container in containers else self.container, previous=previous)
 
     @property
     def failed(self) -> bool:

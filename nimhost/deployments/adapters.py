@@ -117,10 +117,11 @@ def is_wanted(adapter: Adapter) -> bool:
     return adapter.enabled and adapter.finetuning_type == LOADABLE
 
 
-def not_taken(adapter: Adapter, takers: Iterable[Taker]) -> str | None:
-    """Why nothing is to serve it, ever, as things are; None when something is to."""
+def not_taken(row: Entity, takers: Iterable[Taker]) -> str | None:
+    """Why nothing is to serve an adapter, ever, as things are, with what to type; None when something is to."""
+    adapter: Adapter = row.wish
     if not adapter.enabled:
-        return "Disabled."
+        return f"Disabled. Enable it with: nimhost adapters update {row.name} --enabled{_in_workspace(row.workspace)}"
     if not is_wanted(adapter):
         return f"Engines load adapters of finetuning_type {LOADABLE}; this one is {adapter.finetuning_type}."
     if any(str(taker.model) == adapter.model for taker in takers):
@@ -275,7 +276,7 @@ def _max_rank(d: Desired) -> int | None:
         text = run.resolved.get("env", {}).get(RANK_VARIABLE, str(MAX_LORA_RANK))
     else:
         text = value_of(RANK_FLAG, list(run.resolved.get("args", ()))) or "16"
-    return int(text) if text.isdecimal() else None
+    return int(text) if text.isdecimal() and len(text) < 19 else None
 
 
 def _more_rank(d: Desired) -> str:
@@ -288,7 +289,7 @@ def _more_rank(d: Desired) -> str:
         executor["additional_envs"] = {**executor.get("additional_envs", {}), RANK_VARIABLE: "{rank}"}
     else:
         executor["additional_args"] = [*_without(RANK_FLAG, order.executor.additional_args), RANK_FLAG, "{rank}"]
-    workspace = "" if d.ref.workspace == DEFAULT_WORKSPACE else f" --workspace {d.ref.workspace}"
+    workspace = _in_workspace(d.ref.workspace)
     words = (
         "nimhost inference deployment-configs update", wish.config, "--engine", order.engine,
         "--model-entity-id", str(order.model.ref),
@@ -297,6 +298,10 @@ def _more_rank(d: Desired) -> str:
     )  # fmt: skip
     then = f" && nimhost inference deployments update {d.ref.name} --config {wish.config}{workspace}"
     return " ".join(words) + workspace + (then if wish.config_version else "")
+
+
+def _in_workspace(workspace: str) -> str:
+    return "" if workspace == DEFAULT_WORKSPACE else f" --workspace {workspace}"
 
 
 def _said(value: Struct, default: Struct) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from nimhost.deployments.actions import Halt, Prepare, Remove, Start
 from nimhost.deployments.need import need_of
 from nimhost.deployments.observed import Instance
 from nimhost.deployments.placement import choose, utilization, waiting, waits_for_memory
-from nimhost.deployments.preflight import blocked, more_memory
+from nimhost.deployments.preflight import blocked, more_memory, no_room
 from nimhost.deployments.retry import LOST_GPU, MESSAGE_LIMIT, after_exit, lost_gpu
 from nimhost.deployments.situation import Situation, Verdict, preparing, removal, routable, starting
 from nimhost.runs import Run
@@ -39,7 +39,7 @@ def _healthy(s: Situation) -> Verdict | None:  # 5
     run = s.run
     if run.ready_container != instance.id:
         run = replace(run, ready_container=instance.id, ready_at=s.now)
-    run = replace(run, failure=None, retry_at=0.0, waiting_since=0.0, previous=None)
+    run = replace(run, container=instance.id, failure=None, retry_at=0.0, waiting_since=0.0, previous=None)
     started = datetime.fromtimestamp(instance.started_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     message = f"Container is running and ready for inference (ID: {instance.id[:12]}, started: {started})"
     return s.verdict("READY", message, run=run, instance=instance)
@@ -52,7 +52,7 @@ def _backing_off(s: Situation) -> Verdict | None:  # 6
     running = next((i for i in s.current if i.state == "running"), None)
     if failure.final:  # kept for its logs, but it holds no GPU
         return s.verdict("ERROR", failure.message, Halt(running.id) if running else None)
-    if s.run.retry_at <= s.now or running:
+    if s.run.retry_at <= s.now or running or 0 < failure.full_at <= s.observed.room_made_at:
         return None
     uncounted = [i for i in s.current if i.id != s.run.exited_container]
     if uncounted:
@@ -67,7 +67,7 @@ def _backing_off(s: Situation) -> Verdict | None:  # 6
 def _exited(s: Situation) -> Verdict | None:  # 7
     gone = [i for i in s.current if i.state != "running"]
     if not gone:
-        return None
+        return _vanished(s)
     removing = Remove(tuple(i.id for i in gone), at_once=True)
     crashed = next((i for i in gone if i.state == "exited" and i.id != s.run.exited_container), None)
     if crashed is None:  # counted before, or never started
@@ -86,6 +86,18 @@ def _exited(s: Situation) -> Verdict | None:  # 7
     return _backing_off(replace(s, run=run)) or s.verdict("PENDING", run.failure.message, removing, run)
 
 
+def _vanished(s: Situation) -> Verdict | None:
+    """Gone between two looks: by `docker rm -f`, say."""
+    missed = s.run.container
+    if missed is None or missed == s.run.exited_container or s.current:
+        return None
+    what = f"Container {missed[:12]} is gone: it was removed, and not by nimhost."
+    run = after_exit(
+        s.run, container=missed, exit_code=None, oom_killed=False, log_tail="", now=s.now, limits=s.limits, what=what
+    )
+    return _backing_off(replace(s, run=run)) or s.verdict("PENDING", what, run=run)
+
+
 def _unhealthy(s: Situation) -> Verdict | None:  # 8
     instance = next((i for i in s.current if i.state == "running"), None)
     if instance is None:
@@ -93,12 +105,13 @@ def _unhealthy(s: Situation) -> Verdict | None:  # 8
     if s.run.ready_container == instance.id:
         return _broken(s, instance)
     deadline = instance.started_at + s.limits.start_timeout_s
-    if s.now < deadline:
+    unasked = instance.health.state == "unknown" and instance.port is not None  # it may have become ready unseen
+    if s.now < deadline or unasked:
         message = (
             f"Container created and starting with image {s.desired.image} (ID: {instance.id[:12]}). "
             "The inference engine is initializing, this may take several minutes."
         )
-        return s.verdict("PENDING", message, wake_at=deadline)
+        return s.verdict("PENDING", message, run=replace(s.run, container=instance.id), wake_at=deadline)
     probe = instance.health.detail or "no answer"
     late = f"The engine was not ready {s.limits.start_timeout_s:g} s after its start: {probe}."
     run = after_exit(
@@ -135,7 +148,13 @@ def _missing(s: Situation) -> Verdict | None:  # 9
 
 def _blocked(s: Situation) -> Verdict | None:  # 10
     why = blocked(s.desired, s.observed)
-    return s.verdict("ERROR", why, run=_out_of_queue(s)) if why else None
+    if why is None:
+        return None
+    run = _out_of_queue(s)
+    # A download that had begun pauses while its disk is full, and goes on; one that had not is refused.
+    if s.run.failure is not None and why == no_room(s.desired, s.observed):
+        return s.verdict("PENDING", why.replace("\n", " "), run=run)
+    return s.verdict("ERROR", why, run=run)
 
 
 def _out_of_queue(s: Situation) -> Run:

@@ -14,7 +14,7 @@ from operator import eq, ge, gt, le, lt, ne
 
 REQUIRE, DISABLE = "NVIDIA_REQUIRE_CUDA", "NVIDIA_DISABLE_REQUIRE"
 _COMPARE = {">=": ge, "<=": le, "!=": ne, ">": gt, "<": lt, "=": eq, "==": eq}
-_CONDITION = re.compile(r"(cuda|driver)(>=|<=|!=|==|>|<|=)([\d.]+)")
+_CONDITION = re.compile(r"(cuda|driver)(>=|<=|!=|==|>|<|=)([0-9.]{1,40})")
 NEWER_DRIVER = (
     "Update the NVIDIA driver (on Ubuntu: sudo ubuntu-drivers install, then reboot), or name an older image: "
     "--image NAME:TAG"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,17 +203,23 @@ def _make_directories(spec: ContainerSpec) -> None:
                 raise _refusal(f"Cannot make the directory {mount.source}", error) from None
 
 
+_making = threading.Lock()
+
+
 def _make_directory(path: Path, mode: int) -> None:
     """Under its name only once it has its mode: one that is there is left as it is."""
     fresh = path.with_name(f".{path.name}.new")
-    fresh.mkdir(parents=True, exist_ok=True)
-    fresh.chmod(mode)
-    try:
-        fresh.rename(path)
-    except OSError:
-        if not path.is_dir():
-            raise
-        fresh.rmdir()  # whoever made it meanwhile has put something into it
+    with _making:  # engines that share it may start at once
+        if path.is_dir():
+            return
+        fresh.mkdir(parents=True, exist_ok=True)
+        fresh.chmod(mode)
+        try:
+            fresh.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            fresh.rmdir()  # whoever made it meanwhile has put something into it
 
 
 def _write_files(spec: ContainerSpec, directory: Path) -> ContainerSpec:

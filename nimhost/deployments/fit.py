@@ -95,7 +95,7 @@ def _nim(made: ContainerSpec, gpus: int) -> Ask | None:
 
 
 def _number(text: str | None) -> float | None:
-    return float(text) if text and re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else None
+    return float(text) if text and re.fullmatch(r"\d{1,18}(\.\d{0,18})?|\.\d{1,18}", text) else None
 
 
 # --- does it fit ---------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class Loader:
         return {"served_name": wanted.name, "loaded_on": on, "status_message": self._why(row, wanted, on)}
 
     def _why(self, row: Entity, wanted: Wanted, on: Collection[str]) -> str | None:
-        if why := not_taken(row.wish, self._takers):
+        if why := not_taken(row, self._takers):
             return why
         takers = [taker for taker in self._takers if taker.model == wanted.model]
         waiting, running = self.waiting([wanted]), {engine.deployment for engine in self._engines}

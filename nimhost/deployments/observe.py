@@ -67,6 +67,8 @@ class Observer:
         """Containers that carry our label but that our database cannot know: never touched."""
         self.epoch = 0
         """The newest start in our database."""
+        self.room_made_at = 0.0
+        """See Observed."""
         self.gpus: tuple[Gpu, ...] = ()
         """The last inventory, for those who only show it."""
         self.claims: tuple[Claim, ...] = ()
@@ -130,6 +132,7 @@ class Observer:
             requires={ref: requirement(image.env) for ref, image in images.items() if image},
             made_for={ref: image.architecture for ref, image in images.items() if image},
             weights=weights,
+            room_made_at=self.room_made_at,
         )
         return await self._with_readings(found, idle)
 

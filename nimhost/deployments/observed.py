@@ -151,3 +151,5 @@ class Observed(Struct, frozen=True, kw_only=True):
     machine: str = ""
     """The CPUs that Docker's machine has, in the same words; empty: not known."""
     rooms: Mapping[Ref, Room] = {}
+    room_made_at: float = 0.0
+    """When nimhost itself last freed room on disk: Unix time in seconds."""

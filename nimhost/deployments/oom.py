@@ -14,6 +14,7 @@ from nimhost.models.memory import BLOCK, UTILIZATION
 
 HEADROOM = 0.02
 """Fraction of a GPU that is left when one is told to take less."""
+_SHORT = "The GPU memory did not suffice."
 
 
 class Shortage(Struct, frozen=True):
@@ -28,7 +29,10 @@ def shortage(log: str, usual: str = "") -> Shortage | None:
     log = " ".join(log.split())
     for pattern, meaning in _MEANINGS:
         if found := pattern.search(log):
-            return meaning(found, log, usual)
+            try:
+                return meaning(found, log, usual)
+            except (ValueError, ArithmeticError):  # numbers that are none: an engine may log anything
+                return Shortage(f"{_SHORT} {_more(usual)}")
     return None
 
 
@@ -69,14 +73,13 @@ def _no_cache(found: re.Match[str], log: str, usual: str) -> Shortage:
 
 
 def _allocation(found: re.Match[str], log: str, usual: str) -> Shortage:
-    what = "The GPU memory did not suffice."
     said = re.search(r"Tried to allocate ([\d.]+) (MiB|GiB).*?total capacity of ([\d.]+) GiB", log, re.DOTALL)
     if said is None or not re.search(r"captur|cudagraph|cuda graph", log, re.IGNORECASE):
-        return Shortage(f"{what} {_more(usual)}")
+        return Shortage(f"{_SHORT} {_more(usual)}")
     tried_gib = float(said[1]) / (1 if said[2] == "GiB" else 1024)
     fraction = int((_utilization(log) - tried_gib / float(said[3]) - HEADROOM) * 100) / 100
     less = f"--arg --gpu-memory-utilization --arg {fraction:g}"
-    return Shortage(f"{what} The CUDA graphs had no room beside the KV cache. Deploy it with: {less}")
+    return Shortage(f"{_SHORT} The CUDA graphs had no room beside the KV cache. Deploy it with: {less}")
 
 
 def _utilization(log: str) -> float:

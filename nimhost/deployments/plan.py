@@ -7,10 +7,12 @@ For each deployment the first rule that matches wins:
  4. another version served before, or still does -> roll: `roll.py`, which asks the rest for either version
  5. running and healthy -> READY
  6. the last failure was final, or its backoff is not over -> wait
- 7. exited, or left over from a start that never was -> count it, remove it; rule 6 decides about another attempt
+ 7. exited, removed by somebody else, or left over from a start that never was -> count it, remove what is left; rule 6
+    decides about another attempt
  8. running, not healthy -> PENDING; too long -> stop it and count it
  9. a reference needed to start is missing -> ERROR with its name
-10. the preflight says that it cannot run here -> ERROR with the sum and the fix
+10. the preflight says that it cannot run here -> ERROR with the sum and the fix; PENDING for a download that had begun
+    when the disk was full
 11. image or weights absent -> Prepare, as soon as the registry of the image has been asked about it
 12. GPUs short, or others waited longer -> PENDING, naming the holder
 13. -> Start
@@ -91,6 +93,8 @@ def decide(s: Situation) -> Verdict:
     run, leaving = verdict.run, s.desired.deleting or s.desired.stopped
     if leaving or verdict.status in ("READY", "ERROR"):  # who leaves, serves, or has given up keeps no GPUs from others
         run = replace(run, replaced_at=0.0, kept_gpus=(), waiting_since=0.0 if leaving else run.waiting_since)
+    if isinstance(verdict.action, Remove):
+        run = run.without(verdict.action.containers)
     return replace(verdict, run=run, message=verdict.message[:MESSAGE_LIMIT])
 
 

@@ -158,7 +158,7 @@ def blocked(d: Desired, observed: Observed) -> str | None:
         return NO_RUNTIME
     if d.entity.wish.force:
         return None
-    return _other_machine(d, observed) or _old_driver(d, observed) or _no_fit(d, observed) or _no_room(d, observed)
+    return _other_machine(d, observed) or _old_driver(d, observed) or _no_fit(d, observed) or no_room(d, observed)
 
 
 def _other_machine(d: Desired, observed: Observed) -> str | None:
@@ -183,7 +183,8 @@ def _no_fit(d: Desired, observed: Observed) -> str | None:
     return "\n".join(found) if found else None
 
 
-def _no_room(d: Desired, observed: Observed) -> str | None:
+def no_room(d: Desired, observed: Observed) -> str | None:
+    """The sum, where what is still to be fetched does not fit on the disk."""
     room = observed.rooms.get(d.ref)
     if room is None:
         return None

@@ -53,6 +53,8 @@ class Pull:
         self.followers = 0
         self.hurry = asyncio.Event()
         """Somebody asked again: no pause goes on."""
+        self.full = False
+        """The disk was full when it last failed."""
         self._moved = asyncio.Event()
 
     def tell(self, progress: WeightsProgress | None) -> None:
@@ -62,6 +64,7 @@ class Pull:
 
     def wait_for(self, error: NimhostError, pause_s: float) -> None:
         """It is tried again after this time."""
+        self.full = isinstance(error, DiskFull)
         done, total = (self.latest.done_bytes, self.latest.total_bytes) if self.latest else (0, 0)
         self.tell(WeightsProgress(done, total, 0.0, f"{error.message}; trying again in {pause_s:g} s"))
 
@@ -118,6 +121,12 @@ class Pulls:
                 found = self._begin(asked)
         found.hurry.set()
         return found
+
+    def room_made(self) -> None:
+        """Who waits for room on disk need not wait any longer."""
+        for pull in self._pulls.values():
+            if pull.full:
+                pull.hurry.set()
 
     async def stop(self, repo: Repo) -> bool:
         """Give up the pulls of a repository; whether there were any. What has arrived stays.

@@ -25,10 +25,10 @@ from nimhost.deployments.observed import Observed
 from nimhost.deployments.plan import orphans, plan
 from nimhost.deployments.publish import forget, publish
 from nimhost.deployments.retry import Limits, after_error
-from nimhost.deployments.situation import Verdict
+from nimhost.deployments.situation import Verdict, hindered
 from nimhost.engines.order import HostFacts
 from nimhost.entities import Deployment, DeploymentConfig, DeploymentStatus, Entity
-from nimhost.errors import Conflict, DockerUnavailable, NimhostError, NotFound
+from nimhost.errors import Conflict, DockerUnavailable, NimhostError, NotFound, Unstorable
 from nimhost.host.containers import Containers
 from nimhost.refs import Ref
 from nimhost.runs import Run, Serving
@@ -74,17 +74,26 @@ class Reconciler:
         self._in_flight: dict[str, tuple[Action, asyncio.Task[None]]] = {}
         self._sweeping: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
+        self._hindered: dict[str, str] = {}
+        """Entity id -> why its last action failed, of those that no limit ends."""
         self._unowned: frozenset[str] = frozenset()
         self._began: deque[float] = deque(maxlen=TICKS_AT_ONCE)
         """When the last ticks began: `time.monotonic()`."""
         self._away: Observed | None = None
         """The last look, if Docker did not answer."""
         self._ask_docker_at = 0.0
+        self._unstored: str | None = None
+        """The last status that could not be stored in this round, and why."""
         self.problem: str | None = None
         """Why the loop does not get on, for `/status`; None while it does."""
 
     def wake(self) -> None:
         self._wake.set()
+
+    def room_made(self) -> None:
+        """Who waits for room on disk need not wait any longer."""
+        self._observer.room_made_at = time.time()
+        self.wake()
 
     async def run(self) -> None:
         """Until cancelled. Containers keep running; what was in flight is continued by the next daemon."""
@@ -105,7 +114,7 @@ class Reconciler:
             self._wake.clear()
             try:
                 pause_s = await self._tick()
-                self.problem = None
+                self.problem = self._unstored
             except Exception as error:
                 # The one supervisor must outlive its own mistakes: say so, show it in /status, try again.
                 log.exception("reconciling failed")
@@ -129,8 +138,10 @@ class Reconciler:
             observed = await self._look(desired)
             await self._remember_unowned()
             now_s = time.time()
-            verdicts = plan(desired, observed, in_flight, now_s, self._limits)
+            planned = plan(desired, observed, in_flight, now_s, self._limits)
+            verdicts = tuple(hindered(v, self._hindered.get(v.desired.entity.id)) for v in planned)
             await self._on_tick(verdicts, observed)  # routes first: who reads READY finds the way open
+            self._unstored = None
             current = [v for v in verdicts if await self._record(v)]
         for verdict in current:
             self._launch(verdict, now_s)
@@ -194,12 +205,19 @@ class Reconciler:
         return next((v.wish for v in versions if v.version == version), None)
 
     async def _record(self, v: Verdict) -> bool:
-        """Store what was found out; False when the wish moved on meanwhile, so that the verdict is void."""
+        """Store what was found out; False when the wish moved on meanwhile, so that the verdict is void, or when this
+        row cannot be stored: all others go on. A store that takes nothing at all ends the round."""
         before: DeploymentStatus = v.desired.status
         after = replace(before, run=v.run, update=v.update, serving=_serving(v)).moved(v.status, v.message, now())
         if v.status == "READY" and after.model_provider_id is None:
             after = replace(after, model_provider_id=str(v.desired.ref))
-        recorded = await publish(self._store, v.desired, after, v.instance)
+        try:
+            recorded = await publish(self._store, v.desired, after, v.instance)
+        except Unstorable as error:
+            if self.problem != error.message:
+                log.error("%s", error.message)
+            self._unstored, self._not_before[v.desired.entity.id] = error.message, time.time() + AFTER_ERROR_S
+            return False
         if not recorded:
             self.wake()
         return recorded
@@ -225,7 +243,9 @@ class Reconciler:
     async def _carry_out(self, v: Verdict, action: Action) -> None:
         d = v.desired
         try:
-            if (error := await self._attempt(d, action)) is not None:
+            error = await self._attempt(d, action)
+            self._hindered.pop(d.entity.id, None)
+            if error is not None:
                 await self._count_failure(d, action, error)
         except NimhostError as error:  # the store's: a full disk, a database that is locked for a moment
             log.warning("%s: what became of %s is not stored: %s", d.ref, type(action).__name__, error.message)
@@ -248,8 +268,7 @@ class Reconciler:
         match action:
             case Prepare():
                 await self._executor.prepare(action, d)
-                if action.image:
-                    await self._resolve_anew(d)
+                await self._prepared(d, action)
             case Start():
                 await self._start(d.at(action.hash), action)
             case Remove():
@@ -288,20 +307,29 @@ class Reconciler:
             self._observer.epoch = epoch
             return epoch
 
-    async def _resolve_anew(self, d: Desired) -> None:
-        """An image that had to be fetched again may be another one: what the wish became is decided again."""
+    async def _prepared(self, d: Desired, action: Prepare) -> None:
+        """What failed until now is over: it is not held against the engine. An image that had to be fetched again may
+        be another one: what the wish became is decided again."""
         async with self._recording:
             entity = await self._current(d)
             part = entity.status.run.part(d.hash) if entity else None
-            if entity is not None and part is not None and part.image_id is not None:
-                run = entity.status.run.with_part(replace(part, image_id=None, resolved=None))
+            if entity is None or part is None:
+                return
+            after = replace(part, attempts=0, failure=None, retry_at=0.0)
+            if action.image:
+                after = replace(after, image_id=None, resolved=None)
+            if after != part:
+                run = entity.status.run.with_part(after)
                 await self._store.set_status(entity, replace(entity.status, run=run))
 
     async def _count_failure(self, d: Desired, action: Action, error: NimhostError) -> None:
         """Prepare and Start count, unless it was Docker that went away; what removes is simply tried again."""
         if isinstance(error, DockerUnavailable) or not isinstance(action, Prepare | Start):
-            pause_s = RECONNECT_S[0] if isinstance(error, DockerUnavailable) else AFTER_ERROR_S
+            away = isinstance(error, DockerUnavailable)
+            pause_s = RECONNECT_S[0] if away else AFTER_ERROR_S
             self._not_before[d.entity.id] = time.time() + pause_s  # Docker may answer all else
+            if not away:
+                self._hindered[d.entity.id] = error.in_full
             return
         async with self._recording:
             entity = await self._current(d)

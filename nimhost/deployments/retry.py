@@ -34,11 +34,20 @@ def after_error(run: Run, error: NimhostError, now: float, limits: Limits) -> Ru
 
     A full disk is waited for without a limit: somebody will make room. Until then nothing is pulled to fill it again.
     """
-    attempts, full = run.attempts + 1, isinstance(error, DiskFull)
-    final = error.final or (attempts >= limits.restart_limit and not full)
-    run = replace(run, pulling=run.pulling and not full)
+    if isinstance(error, DiskFull):
+        return _paused(run, error.in_full, now, limits)  # in one line, as all that is waited for
     message = error.message if error.hint is None else f"{error.message}\n{error.hint}"
+    attempts = run.attempts + 1
+    final = error.final or attempts >= limits.restart_limit
     return _failed(run, message, final, attempts, now, limits, getattr(error, "retry_after_s", None))
+
+
+def _paused(run: Run, message: str, now: float, limits: Limits) -> Run:
+    """Twice as long as the last time. It is no failed attempt, and so brings no later one to the limit."""
+    last_s = run.retry_at - run.failure.full_at if run.failure and run.failure.full_at else 0.0
+    pause_s = min(BACKOFF_MAX_S, max(limits.restart_backoff_s, 2 * last_s))
+    failure = Failure(message=message[:MESSAGE_LIMIT], final=False, full_at=now)
+    return replace(run, retry_at=now + pause_s, failure=failure, waiting_since=0.0, pulling=False)
 
 
 def after_exit(

@@ -87,7 +87,7 @@ def route_table(
     )
     by_name = {_reached_as(row): row for row in adapters}
     takers = takers_of(by_ref.values())
-    idle = {ref: why for ref, row in by_name.items() if (why := not_taken(row.wish, takers))}
+    idle = {ref: why for ref, row in by_name.items() if (why := not_taken(row, takers))}
     virtual_models = tuple(virtual_models)
     rows = {**models, **by_name, **{Ref(v.workspace, v.name): v for v in virtual_models}}
     wishes = {Ref(v.workspace, v.name): v.wish.default_model_entity for v in virtual_models}

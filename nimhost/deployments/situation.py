@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from nimhost.deployments.actions import Action, Prepare, Remove
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import Instance, Observed
-from nimhost.deployments.retry import Limits
+from nimhost.deployments.retry import MESSAGE_LIMIT, Limits
 from nimhost.entities import Status
 from nimhost.refs import Ref
 from nimhost.runs import Run, Update
@@ -105,6 +105,12 @@ def removal(instances: Iterable[Instance], at_once: bool = False) -> Remove | No
     there = tuple(instances)
     serving = any(i.state == "running" and i.health.state == "ok" for i in there)
     return Remove(tuple(i.id for i in there), at_once or not serving) if there else None
+
+
+def hindered(v: Verdict, why: str | None) -> Verdict:
+    """With why what is to be done for it fails again and again."""
+    said = f"\nIt is tried again: {why[:300]}" if why else ""
+    return v if said in v.message else replace(v, message=f"{v.message[: MESSAGE_LIMIT - len(said)]}{said}")
 
 
 def preparing(d: Desired, action: Prepare) -> str:

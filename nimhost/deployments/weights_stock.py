@@ -43,7 +43,7 @@ class Pruned(Struct, frozen=True):
 
 
 class Stock:
-    """Owned by the daemon. `read_desired`: every deployment as it should be."""
+    """Owned by the daemon. `read_desired`: every deployment as it should be. `on_room` hears of room that was made."""
 
     def __init__(
         self,
@@ -51,11 +51,13 @@ class Stock:
         store: Store,
         pulls: Pulls,
         read_desired: Callable[[], Awaitable[Sequence[Desired]]],
+        on_room: Callable[[], None],
     ) -> None:
         self._weights = weights
         self._store = store
         self.pulls = pulls
         self._read_desired = read_desired
+        self._on_room = on_room
         self._pruning = asyncio.Lock()
 
     # --- what there is
@@ -140,6 +142,8 @@ class Stock:
                     freed = held.own_bytes if dry_run else await in_thread(remove, self._weights.cache_dir, held)
                     if freed is not None:
                         found.gone.append((row, freed))
+                        if not dry_run:
+                            self._room_made()
                         continue
                 found.kept.append((row, why or "it is being fetched, or another tool has just changed it"))
             return found
@@ -152,6 +156,11 @@ class Stock:
                 users = with_users([_absent(repo, _folder(self._weights, repo))], await self._everybody())[0]
                 if not (users.deployments or users.filesets or users.folder in self.progress()):
                     await in_thread(self._discard, repo)
+                    self._room_made()
+
+    def _room_made(self) -> None:
+        self.pulls.room_made()
+        self._on_room()
 
     async def _doubt(self) -> str | None:
         """Why it is not known what everything needs."""

@@ -23,7 +23,7 @@ HELD_BITS = {"F64": 16, "F32": 16}
 """Engines keep 32-bit weights in 16 bits: vLLM's `--dtype auto`."""
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "nomic_bert", "modernbert", "new", "electra")
 """Families that see the whole text at once and keep nothing for later tokens."""
-WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2}
+WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2, "llama4_text": 4}
 """Families where every n-th layer sees everything and the others a window, unless config.json says otherwise."""
 FULL = ("attention", "full_attention", "hybrid", "global")
 GROUP_BITS = 0.25
@@ -118,14 +118,19 @@ def _kv(shape: Shape, kinds: list[str]) -> list[KvLayers]:
         return [KvLayers(layers=attention, values=rank + (shape.number("qk_rope_head_dim") or 0), heads=1)]
     key = shape.head_dim
     values = shape.kv_heads * (key + (shape.number("v_head_dim") or key))
-    window = shape.sliding_window()
-    groups = [(attention - windowed, None), (windowed, window.window_size if window else None)]
+    groups = [(attention - windowed, None), (windowed, _window(shape))]
     return [KvLayers(layers=n, values=values, heads=shape.kv_heads, window=size) for n, size in groups if n > 0]
+
+
+def _window(shape: Shape) -> int | None:
+    """Tokens that a layer with a window sees, or one that attends in chunks (Llama 4)."""
+    sliding = shape.sliding_window()
+    return sliding.window_size if sliding else shape.number("attention_chunk_size")
 
 
 def _attention_layers(shape: Shape, kinds: list[str]) -> tuple[int, int]:
     """(layers with attention, those of them that see no more than a window)."""
-    windowed = sum("sliding" in kind for kind in kinds)
+    windowed = sum("sliding" in kind or "chunked" in kind for kind in kinds)
     if kinds:
         attention = windowed + sum(kind in FULL for kind in kinds)
         return attention, windowed if windowed else _patterned(shape, attention)
@@ -133,7 +138,7 @@ def _attention_layers(shape: Shape, kinds: list[str]) -> tuple[int, int]:
 
 
 def _patterned(shape: Shape, attention: int) -> int:
-    if shape.sliding_window() is None:
+    if _window(shape) is None:
         return 0
     if first := shape.number("max_window_layers"):  # Qwen: the layers from here on
         return max(0, attention - first)

@@ -110,4 +110,4 @@ def linear_layers(tensors: Mapping[str, Tensor], *, transposed: bool = False) ->
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() and len(part) < 19 else (-1, part) for part in name.split(".")]

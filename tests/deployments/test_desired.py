@@ -18,10 +18,10 @@ from nimhost.entities import (
     HuggingFaceStorage,
     LocalStorage,
     Model,
-    Run,
 )
 from nimhost.kinds import KINDS
 from nimhost.refs import Ref
+from nimhost.runs import Run
 from tests.engines.make import HOST, spec
 
 HUB = Fileset(storage=HuggingFaceStorage(repo_id="org/m", token_secret="hf"))
@@ -59,7 +59,7 @@ def joined(wish: DeploymentConfig | None, *rows: Entity, version: int = 1, run: 
     ("asked", "branch"),
     [({}, "main"), ({"model_revision": "c0ffee"}, "main"), ({"model_revision": "v2"}, None)],
 )
-def test_a_branch_is_remembered_only_for_the_commit_it_stood_for(asked: dict[str, str], branch: str | None) -> None:
+def test_a_branch_is_remembered_only_for_the_commit_it_stood_for(asked: dict[str, Any], branch: str | None) -> None:
     """`refs/main` of a cache that others use, too, is not written for what another revision was resolved to."""
     pinned = HuggingFaceStorage(repo_id="org/m", revision="c0ffee", original_revision="main")
     found = joined(config(**asked), MODEL, row("filesets", "ff", Fileset(storage=pinned))).weights
@@ -95,7 +95,7 @@ FILESET = row("filesets", "ff", HUB)
         ({}, None),
     ],
 )
-def test_model_ref(wish: dict[str, str], expected: Ref | None) -> None:
+def test_model_ref(wish: dict[str, Any], expected: Ref | None) -> None:
     assert model_ref(DeployModelSpec(**wish), "here") == expected
 
 
@@ -108,7 +108,7 @@ def test_weights_come_from_the_filesets_repository() -> None:
 
 
 @pytest.mark.parametrize("wish", [{"model_revision": "v2"}, {"model_name": "default/mm@v2"}])
-def test_a_revision_asked_for_replaces_the_filesets_own(wish: dict[str, str]) -> None:
+def test_a_revision_asked_for_replaces_the_filesets_own(wish: dict[str, Any]) -> None:
     assert joined(config(**wish), MODEL, FILESET).weights.revision == "v2"
 
 

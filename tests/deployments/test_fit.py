@@ -81,7 +81,7 @@ def test_a_model_of_unknown_size_is_never_refused() -> None:
     ("text", "expected"),
     [
         ("4096", 4096), ("16k", 16000), ("16K", 16384), ("1.5M", 1572864), ("auto", 0), ("-1", 0), ("many", None),
-        (None, None),
+        (None, None), ("9" * 400, None), ("1." + "9" * 400, None),
     ],
 )  # fmt: skip
 def test_lengths_are_read_as_vllm_reads_them(text: str | None, expected: int | None) -> None:

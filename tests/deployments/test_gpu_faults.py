@@ -232,3 +232,15 @@ async def test_out_of_memory_at_the_start_ends_with_the_flag_and_its_value(world
     found = await world.wait("one", "ERROR", "Deploy it with: --arg --max-model-len --arg 32768")
     assert found["status_message"].startswith("Container exited with code 1. The KV cache has 4.5 GiB")
     assert [c.state for c in containers_of(world, "one")] == ["exited"]  # tried once, kept for its logs
+
+
+@pytest.mark.fault(11)
+async def test_an_image_that_asks_for_a_version_without_an_end_fails_alone(world: World) -> None:
+    image = world.docker.images[IMAGE]
+    world.docker.images["endless:1"] = replace(image, env={"NVIDIA_REQUIRE_CUDA": f"cuda>={'9' * 5000}"})
+    world.gpus.settings[0] = replace(world.gpus.settings[0], driver="550.54.14", cuda="12.4")
+    await world.deploy("endless", "endless:1", gpu_memory_gib=5)
+    failed = await world.wait("endless", "ERROR", "needs CUDA 999")
+    assert len(failed["status_message"]) < 1000
+    await world.deploy("one", gpu_memory_gib=5)
+    await world.wait("one", "READY")

@@ -108,7 +108,9 @@ async def test_disabled_it_is_unknown_and_enabled_it_is_back(world: LoraWorld) -
     await world.serve()
     await world.register()
     off = await world.change(enabled=False)
-    assert (off["loaded_on"], off["status_message"]) == ([], "Disabled.")
+    assert (off["loaded_on"], off["status_message"]) == (
+        [], "Disabled. Enable it with: nimhost adapters update math --enabled",
+    )  # fmt: skip
     assert world.engine().adapters == {}
     for reply in (await world.chat(NAME), await world.chat(NAME, provider="dd")):
         assert reply.status_code == 404, reply.text

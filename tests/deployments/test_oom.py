@@ -50,3 +50,17 @@ def test_the_flag_and_its_value_are_named(log: str, usual: str, said: str, final
 @pytest.mark.parametrize("log", ["", "KeyError: 'model'", "INFO: Available KV cache memory: 8.11 GiB"])
 def test_other_logs_are_about_something_else(log: str) -> None:
     assert shortage(log) is None
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        OCCUPIED.replace("10.1/23.69", "0.0/0.0"), OCCUPIED.replace("10.1", "..."), CONTEXT.replace("5.62", "."),
+        OLD_CONTEXT.replace("26064", "9" * 5000), SAMPLER.replace("256", "9" * 5000),
+        GRAPHS.replace("23.69", "0.00"), GRAPHS.replace("592.00", "..."),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_are_not_counted_with(log: str) -> None:
+    found = shortage(log, "It fits with --gpu 2.")
+    assert found is not None
+    assert "GPU" in found.message

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 
 from nimhost.deployments.actions import Cancel, Forget, Halt, Prepare, Remove, Start
+from nimhost.deployments.observed import Instance
 from nimhost.deployments.plan import orphans, plan
 from nimhost.deployments.retry import MESSAGE_LIMIT
 from nimhost.refs import Ref
@@ -15,8 +18,8 @@ from tests.deployments.make import HASH, LIMITS, NOW, again, decide, gpus, insta
 REF = Ref("default", "d")
 
 
-def run(**fields: object) -> Run:
-    return Run(spec_hash=HASH, **fields)  # type: ignore[arg-type]
+def run(**fields: Any) -> Run:
+    return Run(spec_hash=HASH, **fields)
 
 
 # --- rule 1
@@ -28,7 +31,7 @@ def test_an_action_in_flight_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("wish", [{"deleting": True}, {"desired": "stopped"}])
-def test_a_download_nobody_wants_any_more_is_cancelled(wish: dict[str, object]) -> None:
+def test_a_download_nobody_wants_any_more_is_cancelled(wish: dict[str, Any]) -> None:
     verdict = decide(wanted(**wish), machine(), Prepare(True, True, HASH))
     assert verdict.action == Cancel()
 
@@ -166,6 +169,38 @@ def test_a_final_failure_is_an_error_until_the_wish_changes() -> None:
     assert (verdict.status, verdict.message, verdict.action) == ("ERROR", "Image x was not found.", None)
 
 
+@pytest.mark.fault(4)
+@pytest.mark.parametrize(("health", "limit"), [("ok", LIMITS.restart_limit), ("starting", LIMITS.start_limit)])
+def test_a_container_that_somebody_removed_is_a_crash_that_is_told(health: str, limit: int) -> None:
+    d = again(wanted(), decide(wanted(), machine(instance(health=health))))
+    first = decide(d, machine())
+    assert (first.status, first.run.attempts, first.action) == ("PENDING", 1, None)
+    assert first.message.startswith("Container container-d is gone: it was removed, and not by nimhost.")
+    assert first.wake_at == NOW + LIMITS.restart_backoff_s
+    d = again(d, first)
+    assert decide(d, machine()).run.attempts == 1  # counted once
+    assert isinstance(decide(d, machine(), now=NOW + 3).action, Start)
+    often = again(d, replace(first, run=replace(d.run, attempts=limit - 1, exited_container=None)))
+    assert decide(often, machine(), now=NOW + 3).status == "ERROR"
+
+
+@pytest.mark.parametrize(
+    ("wish", "there"),
+    [
+        ({"desired": "stopped"}, instance()),
+        ({}, instance(state="exited", exit_code=1)),
+        ({"status": "READY"}, instance(health="failing")),
+    ],
+)
+def test_a_container_that_nimhost_removes_is_not_missed(wish: dict[str, Any], there: Instance) -> None:
+    before = decide(wanted(), machine(instance())).run
+    removing = decide(wanted(run=before, **wish), machine(there), now=NOW + 1e6)
+    assert isinstance(removing.action, Remove)
+    gone = decide(again(wanted(), removing), machine(), now=NOW + 2e6)
+    assert isinstance(gone.action, Start)
+    assert gone.run.attempts == removing.run.attempts
+
+
 @pytest.mark.fault(20)
 def test_a_container_left_between_create_and_start_is_removed() -> None:
     verdict = decide(wanted(), machine(instance(state="created", health="unknown")))
@@ -188,6 +223,16 @@ def test_an_engine_that_never_becomes_healthy_is_stopped_and_its_logs_are_kept()
     assert "not ready 600 s after its start" in verdict.message
     stopped = machine(instance(state="exited", exit_code=137))
     assert decide(again(wanted(), verdict), stopped).message == verdict.message
+
+
+@pytest.mark.fault(20)
+def test_an_engine_that_became_ready_while_no_daemon_ran_is_not_too_late() -> None:
+    """It started long ago, and has not been asked yet."""
+    there = instance(health="unknown", started_at=NOW - 36_000)
+    verdict = decide(wanted(), machine(there))
+    assert (verdict.status, verdict.action) == ("PENDING", None)
+    assert decide(again(wanted(), verdict), machine(replace(there, health=instance().health))).status == "READY"
+    assert decide(wanted(), machine(replace(there, port=None))).action == Halt("container-d")
 
 
 def test_an_engine_that_stops_answering_is_unrouted_then_replaced() -> None:
@@ -286,7 +331,7 @@ def test_who_cannot_start_at_all_keeps_nobody_waiting() -> None:
 
 @pytest.mark.parametrize("wish", [{"deleting": True}, {"desired": "stopped"}])
 @pytest.mark.parametrize("in_flight", [True, False])
-def test_who_leaves_keeps_no_place_in_the_queue_and_no_gpus(wish: dict[str, object], in_flight: bool) -> None:
+def test_who_leaves_keeps_no_place_in_the_queue_and_no_gpus(wish: dict[str, Any], in_flight: bool) -> None:
     """Its engine may take long to end, or not end at all; whoever comes before or after it in the queue."""
     leaving = wanted("d", gpus=2, run=run(waiting_since=5.0, kept_gpus=("GPU-1",), replaced_at=5.0), **wish)
     others = [wanted(name, created=9, run=run(waiting_since=since)) for name, since in (("a", 1.0), ("b", 0.0))]

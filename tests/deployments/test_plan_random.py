@@ -4,6 +4,7 @@ away or restarts, kills, in thousands of random orders."""
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,8 @@ class Machine:
         self.in_flight: dict[str, Action] = {}
         self.images: set[tuple[str, int]] = set()
         self.made = 0
+        self.vanished: set[str] = set()
+        """Containers that somebody else removed."""
         self.away = False
 
     # --- what the reconciler would read
@@ -131,6 +134,8 @@ class Machine:
             assert (name, int(content)) not in self.doomed
         if v.status == "ERROR":
             assert v.run.kept_gpus == (), "who has given up keeps GPUs from others"
+        missed = re.findall(r"Container (\w+) is gone", v.message)
+        assert self.vanished.issuperset(missed), "what nimhost removed itself is missed"
 
     def settle(self) -> None:
         """Ticks as fast as it asks for, while nothing else happens: it has to come to rest, or it would never sleep."""
@@ -235,9 +240,14 @@ class Machine:
         return Health(state="ok")
 
     def crash(self) -> None:
+        """Or somebody removes it."""
         running = [key for key, i in self.containers.items() if i.state == "running"]
         if running and self.dice.random() < 0.3:
-            self.end(self.dice.choice(running))
+            if self.made % 3:
+                self.end(self.dice.choice(running))
+            else:
+                self.vanished.add(gone := self.dice.choice(running))
+                del self.containers[gone]
 
     def wish(self) -> None:
         """Something new, or what was wished before."""

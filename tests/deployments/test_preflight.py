@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from nimhost.deployments.actions import Prepare, Start
+from nimhost.deployments.desired import Desired
 from nimhost.deployments.driver import requirement, too_old
 from nimhost.deployments.observed import GpuSlot, Observed, Room
 from nimhost.deployments.preflight import blocked, check_wish
@@ -34,7 +35,7 @@ HUB = HubWeights(repo_id="a/b", revision="main", repo_type="model", endpoint=Non
 CARD = GpuSlot(uuid="GPU-0", index=0, total_bytes=24 * GIB)
 
 
-def vllm(config: Any = known.QWEN3_1_7B, force: bool = False, **fields: Any) -> Any:
+def vllm(config: Any = known.QWEN3_1_7B, force: bool = False, **fields: Any) -> Desired:
     d = wanted(force=force)
     values = {"order": order(config), "ask": Ask(), "image": "vllm/vllm-openai:v1", "weights": HUB, **fields}
     return replace(d, **values)

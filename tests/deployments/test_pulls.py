@@ -11,7 +11,7 @@ import pytest
 
 from nimhost.deployments import pulls as pulls_module
 from nimhost.deployments.pulls import KEY, Asked, Pull, Pulls
-from nimhost.errors import DiskFull, NotFound, WeightsMissing
+from nimhost.errors import DiskFull, HubUnavailable, NimhostError, NotFound, WeightsMissing
 from nimhost.host.weights import Limits, OnProgress, Repo, Snapshot, Weights, WeightsProgress
 from nimhost.host.weights.wire import Choice
 from nimhost.refs import NGC_KEY, Ref
@@ -283,6 +283,33 @@ async def test_a_disk_that_fills_up_in_the_middle_is_waited_for_and_one_that_is_
     assert (told[-1]["status"], tries) == ("done", 3)
     tries = 1
     assert (await outcome(await Pulls(weights, store, secret).ask(ASKED)))["error"] == "DiskFull"
+
+
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("error", [DiskFull("no room"), HubUnavailable("busy", retry_after_s=3600)])
+async def test_who_waits_for_room_goes_on_as_soon_as_it_is_made(
+    weights: Weights, store: Store, monkeypatch: pytest.MonkeyPatch, error: NimhostError
+) -> None:
+    monkeypatch.setattr(pulls_module, "RETRY_S", (3600.0, 3600.0))
+    fetch, tries = weights.fetch, 0
+
+    async def fails_once(repo: Repo, token: str | None, tell: OnProgress, choice: Choice) -> Snapshot:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise error
+        return await fetch(repo, token, tell, choice)
+
+    monkeypatch.setattr(weights, "fetch", fails_once)
+    pulls = Pulls(weights, store, secret)
+    pull = await pulls.ask(ASKED)
+    await eventually(lambda: pull.latest is not None and "trying again" in pull.latest.message)
+    pulls.room_made()
+    if isinstance(error, DiskFull):
+        assert (await asyncio.wait_for(pull.task, 5))["status"] == "done"
+    else:  # a hub that asked for time gets it
+        assert not pull.hurry.is_set()
+    await pulls.close()
 
 
 @pytest.mark.fault(17)

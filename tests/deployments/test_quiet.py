@@ -195,8 +195,8 @@ async def test_a_download_that_is_cancelled_before_it_began_is_over(world: World
     reconciler_ = world.daemon.reconciler
     launch = reconciler_._launch
 
-    def launch_and_cancel(verdict: Verdict, now_s: float) -> None:
-        launch(verdict, now_s)
+    def launch_and_cancel(v: Verdict, now_s: float) -> None:
+        launch(v, now_s)
         for _, task in reconciler_._in_flight.values():
             task.cancel()
         reconciler_._launch = launch  # type: ignore[method-assign]

@@ -93,6 +93,22 @@ async def test_a_registry_that_is_away_is_tried_again_until_the_limit(world: Wor
     assert ended["status_history"][-1]["status"] == "ERROR"
 
 
+@pytest.mark.fault(2)
+@pytest.mark.fault(22)
+async def test_what_failed_to_be_fetched_does_not_count_once_it_is_here(world: World) -> None:
+    world.docker.registry["slow:1"] = world.docker.images[IMAGE]
+    world.docker.pull_error = RegistryUnavailable("The registry is away.")
+    await world.deploy("one", "slow:1")
+    limit = world.settings.deployments.restart_limit
+    await world.wait("one", "PENDING", f"(attempt {limit})")
+    world.docker.pull_error = None
+    await world.wait("one", "READY")
+    (container,) = world.docker.containers
+    world.docker.exit(container, 1)
+    await eventually(lambda: world.docker.calls.count("start") == 2)
+    await world.wait("one", "READY")
+
+
 @pytest.mark.fault(17)
 async def test_a_full_disk_pauses_and_goes_on(world: World) -> None:
     world.docker.pull_error = DiskFull("No space left in /var/lib/docker.")
@@ -109,6 +125,79 @@ async def test_the_first_error_of_a_start_is_the_one_that_is_shown(world: World)
     await world.deploy("one")
     await world.wait("one", "ERROR", "driver failed")
     assert world.docker.containers == {}
+
+
+@pytest.mark.fault(4)
+async def test_an_engine_that_was_removed_between_two_looks_starts_again_and_its_history_says_why(world: World) -> None:
+    await world.deploy("one")
+    await world.wait("one", "READY")
+    (gone,) = world.docker.containers
+    await world.stop()
+    await world.docker.remove(gone)
+    await world.start()
+    await eventually(lambda: world.docker.calls.count("start") == 2)
+    said = f"Container {gone[:12]} is gone: it was removed, and not by nimhost."
+    history = (await world.wait("one", "READY"))["status_history"]
+    assert [entry["status"] for entry in history if said in entry["status_message"]] == ["PENDING"], history
+
+
+@pytest.mark.fault(4)
+async def test_a_container_that_docker_does_not_remove_is_told_and_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nimhost.deployments.reconciler.AFTER_ERROR_S", 0.05)
+    await world.deploy("one")
+    await world.wait("one", "READY")
+
+    async def refusing(container_id: str) -> None:
+        raise DockerError("Docker: cannot remove container: permission denied", "See: dmesg")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.docker, "remove", refusing)
+        await world.http.post(f"{MODELS}/deployments/one/stop")
+        said = "It is tried again: Docker: cannot remove container: permission denied. See: dmesg"
+        await world.wait("one", "PENDING", said)
+        await world.delete("one")
+        await world.wait("one", "DELETING", said)
+    await world.gone("one")
+
+
+@pytest.mark.fault(38)
+async def test_a_status_that_cannot_be_stored_holds_up_only_its_own_deployment(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nimhost.deployments.reconciler.AFTER_ERROR_S", 0.05)
+    await world.deploy("bad")
+    await world.wait("bad", "READY")
+    (container,) = world.docker.containers
+    log_tail = world.docker.log_tail
+
+    async def unreadable(key: str, lines: int = 80) -> str:
+        return "no text: \ud800" if key == container else await log_tail(key, lines)
+
+    monkeypatch.setattr(world.docker, "log_tail", unreadable)
+    world.docker.exit(container, 1)
+    await world.deploy("good")
+    await world.wait("good", "READY", timeout_s=3)
+    status = (await world.http.get("/status")).json()
+    assert "Deployment 'default/bad' is not stored" in status["problem"]
+
+
+@pytest.mark.fault(38)
+async def test_while_nothing_can_be_stored_nothing_is_started(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: object) -> bool:
+        raise DiskFull("The disk that holds nimhost's database is full")
+
+    async def told() -> bool:
+        return "database is full" in ((await world.http.get("/status")).json()["problem"] or "")
+
+    monkeypatch.setattr("nimhost.deployments.reconciler.AFTER_ERROR_S", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr("nimhost.deployments.reconciler.publish", full)
+        await world.deploy("one")
+        await eventually(told)
+        assert world.docker.containers == {}
+    await world.wait("one", "READY")
 
 
 @pytest.mark.fault(21)
@@ -229,7 +318,7 @@ async def test_events_that_break_off_in_an_odd_way_are_listened_to_again(
     async def breaking() -> AsyncIterator[object]:
         broke.set()
         raise DockerError("an event was cut in the middle")
-        yield
+        yield  # type: ignore[unreachable]
 
     with monkeypatch.context() as patch:
         patch.setattr(world.docker, "events", breaking)

@@ -64,13 +64,14 @@ async def test_the_rank_is_that_of_the_adapters_registered_by_then(world: World,
     lora = tiny_lora(tmp_path / "lora")
     await insert(world, "filesets", "lora", Fileset(storage=LocalStorage(path=str(lora))))
     base = {"model": "default/qwen3-1-7b", "fileset": "default/lora"}
-    for name, more in {
+    changes: dict[str, dict[str, Any]] = {
         "told": {"finetuning_type": "lora", "lora_config": Lora(rank=48)},
         "read": {"finetuning_type": "lora"},
         "off": {"finetuning_type": "lora", "lora_config": Lora(rank=512), "enabled": False},
         "other": {"finetuning_type": "p_tuning"},
         "gone": {"finetuning_type": "lora", "fileset": "default/nowhere"},
-    }.items():
+    }
+    for name, more in changes.items():
         await insert(world, "adapters", name, Adapter(**(base | more)))
     asked = order("vllm", with_model=model(), wish={"lora_enabled": True})
     known = await resolver(world)._known(model(), Located(source=str(tiny)), True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from nimhost.deployments.retry import BACKOFF_MAX_S, MESSAGE_LIMIT, after_error, after_exit, salient
 from nimhost.errors import DiskFull, HubUnavailable, ImageNotFound, NimhostError, RegistryDenied, WeightsGated
@@ -40,11 +41,26 @@ def test_backoff_doubles_up_to_a_ceiling_and_ends() -> None:
 
 @pytest.mark.fault(17)
 def test_a_full_disk_is_waited_for_without_a_limit() -> None:
-    run = Run(attempts=1000)
-    run = after_error(run, DiskFull("full"), NOW, LIMITS)
-    assert run.failure is not None
-    assert not run.failure.final
-    assert run.retry_at == NOW + BACKOFF_MAX_S
+    run, pauses = Run(attempts=LIMITS.restart_limit), []
+    for _ in range(10):
+        run = after_error(run, DiskFull("full"), NOW, LIMITS)
+        assert run.failure is not None
+        assert not run.failure.final
+        pauses.append(run.retry_at - NOW)
+    assert pauses[:3] == [2, 4, 8]
+    assert pauses[-1] == BACKOFF_MAX_S
+
+
+@pytest.mark.fault(17)
+def test_what_was_waited_for_on_a_full_disk_counts_for_nothing_else() -> None:
+    run = Run()
+    for _ in range(10):
+        run = after_error(run, DiskFull("full"), NOW, LIMITS)
+    hub = after_error(run, HubUnavailable("down"), NOW, LIMITS)
+    assert (hub.attempts, hub.failure and hub.failure.final) == (1, False)
+    served = replace(run, failure=None, retry_at=0.0)
+    crash = after_exit(served, container="c", exit_code=1, oom_killed=False, log_tail="", now=NOW, limits=LIMITS)
+    assert (crash.attempts, crash.failure and crash.failure.final) == (1, False)
 
 
 def exited(log: str, code: int = 1, oom: bool = False, ready: bool = False) -> Run:

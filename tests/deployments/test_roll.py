@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 
@@ -39,20 +41,20 @@ FULL = gpus("default/d")
 FAILED = Failure(message="Container exited with code 3.", final=True)
 
 
-def old(**fields: object) -> Instance:
-    values: dict[str, object] = {"id": "old", "hash": OLD, "gpu_ids": ("GPU-0",), "port": 4001} | fields
+def old(**fields: Any) -> Instance:
+    values: dict[str, Any] = {"id": "old", "hash": OLD, "gpu_ids": ("GPU-0",), "port": 4001} | fields
     models = values.pop("models", ())
-    found = instance(**values)  # type: ignore[arg-type]
+    found = instance(**values)
     return replace(found, health=replace(found.health, models=models))
 
 
-def new(**fields: object) -> Instance:
-    values: dict[str, object] = {"id": "new", "gpu_ids": ("GPU-1",)} | fields
-    return instance(**values)  # type: ignore[arg-type]
+def new(**fields: Any) -> Instance:
+    values: dict[str, Any] = {"id": "new", "gpu_ids": ("GPU-1",)} | fields
+    return instance(**values)
 
 
-def run(**fields: object) -> Run:
-    return Run(spec_hash=HASH, **fields)  # type: ignore[arg-type]
+def run(**fields: Any) -> Run:
+    return Run(spec_hash=HASH, **fields)
 
 
 def seen(verdict: Verdict) -> tuple[object, ...]:
@@ -267,7 +269,7 @@ def test_another_wish_ends_the_going_back_and_is_tried() -> None:
     d = rolling(run=Run(spec_hash="bbbbbbbbbbbb", attempts=3, failure=FAILED))
     verdict = decide(d, machine(old(), gpus=FREE))
     assert seen(verdict) == ("READY", "old", Start(("GPU-1",), HASH), "rolling")
-    assert verdict.run.previous == was_ready()
+    assert verdict.run.previous == was_ready(container="old")
 
 
 def test_the_wish_of_the_old_version_again_restarts_nothing() -> None:
@@ -309,7 +311,7 @@ def test_an_old_version_that_crashes_does_not_hold_up_a_start() -> None:
 
 
 @pytest.mark.parametrize("wish", [{"deleting": True}, {"desired": "stopped"}])
-def test_a_stop_or_a_deletion_in_the_middle_removes_both(wish: dict[str, object]) -> None:
+def test_a_stop_or_a_deletion_in_the_middle_removes_both(wish: dict[str, Any]) -> None:
     verdict = decide(rolling(**wish), machine(old(), new(health="starting"), gpus=FREE))
     assert verdict.action == Remove(("old", "new"))
     assert verdict.instance is None

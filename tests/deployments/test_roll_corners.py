@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 
@@ -21,7 +23,7 @@ FAILED = Failure(message="Container exited with code 3.", final=True)
 @pytest.mark.parametrize("in_flight", [Prepare(True, True, HASH), Start(("GPU-1",), HASH), Remove(("leftover",))])
 @pytest.mark.parametrize(("wish", "status"), [({"deleting": True}, "DELETING"), ({"desired": "stopped"}, "PENDING")])
 def test_a_stop_or_a_deletion_while_something_is_in_flight_is_not_called_ready(
-    in_flight: Action, wish: dict[str, object], status: str
+    in_flight: Action, wish: dict[str, Any], status: str
 ) -> None:
     old = instance(id="old", hash=OLD)
     verdict = decide(rolling(**wish), machine(old, gpus=FREE), in_flight)
@@ -168,8 +170,8 @@ def with_adapters(d: Desired, enabled: bool = True) -> Desired:
     return replace(d, order=replace(d.order, model_spec=replace(d.order.model_spec, lora_enabled=enabled)))
 
 
-def serving(*adapters: str, since: float = NOW, **fields: object) -> Instance:
-    found = instance(**fields)  # type: ignore[arg-type]
+def serving(*adapters: str, since: float = NOW, **fields: Any) -> Instance:
+    found = instance(**fields)
     listed = tuple((name, f"/loras/{name}") for name in adapters)
     return replace(found, health=replace(found.health, since=since, adapters=listed))
 

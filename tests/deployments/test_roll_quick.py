@@ -47,15 +47,15 @@ def test_when_nothing_more_is_about_to_be_free_it_gives_way() -> None:
 async def test_updates_on_each_others_heels_fail_no_request(tmp_path: Path) -> None:
     """Two writes for each, as the command line does it; a container takes a while to start, and to go."""
     async with a_world(tmp_path) as world:
-        begin, remove = world.docker.on_start, world.docker.remove
+        remove = world.docker.remove
 
-        async def start(container: FakeContainer) -> int | None:
+        async def start(container: FakeContainer) -> int:
             await asyncio.sleep(0.05)
-            return await begin(container) if begin else None
+            return await world._start_engine(container)
 
-        async def go(container: str) -> None:
+        async def go(container_id: str) -> None:
             await asyncio.sleep(0.2)
-            await remove(container)
+            await remove(container_id)
 
         world.docker.on_start = start
         world.docker.remove = go  # type: ignore[method-assign]

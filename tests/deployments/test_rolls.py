@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from nimhost.config import Deployments
-from tests.fakes.containers import FakeContainer
+from tests.fakes.containers import FakeContainer, fake_image
 from tests.fakes.engine import Faults
 from tests.support import eventually
 from tests.world import IMAGE, MODELS, World
@@ -297,18 +297,12 @@ async def test_when_neither_version_runs_any_more_the_error_names_both_causes(sm
     await small.deploy("one", additional_args=["--old"])
     await small.wait("one", "READY")
     small.docker.images.pop(IMAGE)  # somebody tidied up: what runs needs it no more, until it is started again
-    small.docker.images["other:1"] = small.docker.registry["other:1"] = _image("other:1")
+    small.docker.images["other:1"] = small.docker.registry["other:1"] = fake_image("other:1")
     await update(small, "one", "--crash", image_name="other", image_tag="1")
     ended = await small.wait("one", "ERROR")
     assert "exited with code 3" in ended["status_message"]
     assert "The previous version failed, too:" in ended["status_message"]
     assert running(small, "one") == []
-
-
-def _image(name: str) -> Any:
-    from tests.fakes.containers import fake_image
-
-    return fake_image(name)
 
 
 async def test_start_tries_a_failed_update_again(world: World) -> None:
@@ -353,7 +347,7 @@ async def test_the_old_wish_again_while_the_new_image_is_pulled_fails_no_request
     await world.deploy("one", additional_args=["--old"])
     await world.wait("one", "READY")
     (old,) = of(world, "one")
-    world.docker.registry["other:1"] = _image("other:1")
+    world.docker.registry["other:1"] = fake_image("other:1")
     world.docker.pull_hangs = True
     async with clients(world, "one") as statuses:
         await update(world, "one", "--new", image_name="other", image_tag="1")

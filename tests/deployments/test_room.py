@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from nimhost.cli.stages import brief
 from nimhost.deployments.actions import Action, Prepare
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.observed import Room
 from nimhost.deployments.plan import plan
+from nimhost.deployments.retry import after_error
+from nimhost.errors import DiskFull, HubUnavailable
 from nimhost.models.memory import GIB, Ask
 from nimhost.runs import Failure, Run
-from tests.deployments.make import HASH, LIMITS, NOW, machine, wanted
+from tests.deployments.make import HASH, LIMITS, NOW, decide, machine, wanted
 from tests.deployments.test_fit import order
 from tests.deployments.test_preflight import CARD, HUB
 from tests.models import test_checkpoint as known
@@ -42,7 +45,7 @@ def fetched(
     observed = machine(
         gpus=(CARD,),
         images={d.ref: "sha256:1" for d in desired},
-        weights={d.ref: object() if d.ref.name in here else None for d in desired},  # type: ignore[misc]
+        weights={d.ref: object() if d.ref.name in here else None for d in desired},
         rooms={
             d.ref: Room(weights_path="/w", weights_free_bytes=free_bytes, **(rooms or {}).get(d.ref.name, {}))
             for d in desired
@@ -78,6 +81,37 @@ def test_who_gets_none_is_told_whose_it_is() -> None:
     )  # fmt: skip
     second = plan((A, B), observed, {}, NOW, LIMITS)[1]
     assert "3.3 are free, of which 3.2 are promised to other downloads" in second.message
+
+
+@pytest.mark.fault(17)
+def test_a_download_that_had_begun_waits_for_room_and_one_that_had_not_is_refused() -> None:
+    full = replace(FULL, retry_at=NOW - 1)
+    observed = machine(
+        gpus=(CARD,), images={A.ref: "sha256:1"}, weights={},
+        rooms={A.ref: Room(weights_path="/w", weights_free_bytes=GIB)},
+    )  # fmt: skip
+    for run, status in ((Run(spec_hash=HASH), "ERROR"), (full, "PENDING")):
+        verdict = decide(one("a", 1, run=run), observed)
+        assert (verdict.status, verdict.action) == (status, None)
+        assert "No room for the weights: about 3.2 GiB at /w, 1.0 are free." in verdict.message
+        assert "nimhost weights prune" in (verdict.message if status == "ERROR" else brief(verdict.message))
+
+
+def test_who_paused_on_a_full_disk_says_in_one_line_what_helps() -> None:
+    run = after_error(Run(spec_hash=HASH), DiskFull("No space left.", "Free some: nimhost weights prune"), NOW, LIMITS)
+    verdict = decide(wanted("a", weights=True, run=run), machine(weights={}))
+    assert brief(verdict.message).startswith("No space left. Free some: nimhost weights prune Trying again at ")
+
+
+@pytest.mark.fault(17)
+@pytest.mark.parametrize(("made_at", "goes_on"), [(NOW - 2, False), (NOW, True)])
+def test_who_paused_on_a_full_disk_goes_on_as_soon_as_room_was_made(made_at: float, goes_on: bool) -> None:
+    """Where nobody knows how much it takes: else the sum would tell."""
+    d = wanted("a", weights=True, run=after_error(Run(spec_hash=HASH), DiskFull("disk full"), NOW - 1, LIMITS))
+    verdict = decide(d, machine(weights={}, room_made_at=made_at))
+    assert isinstance(verdict.action, Prepare) == goes_on
+    other = wanted("a", weights=True, run=after_error(Run(spec_hash=HASH), HubUnavailable("away"), NOW - 1, LIMITS))
+    assert decide(other, machine(weights={}, room_made_at=made_at)).action is None
 
 
 @pytest.mark.parametrize(

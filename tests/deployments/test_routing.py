@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -72,8 +73,8 @@ def test_an_external_provider_that_has_not_proven_itself_says_why() -> None:
         unkeyed.provider("default", "pp")
 
 
-def row(kind: str, name: str, wish: Wish, **more: object) -> Entity:
-    return Entity(  # type: ignore[arg-type]
+def row(kind: str, name: str, wish: Wish, **more: Any) -> Entity:
+    return Entity(
         kind=kind, id=name, workspace="default", name=name, created_at=MADE, updated_at="", wish=wish, **more
     )  # fmt: skip
 
@@ -96,13 +97,13 @@ def test_lists_of_models_say_when_each_was_made_as_its_row_does() -> None:
 @pytest.mark.parametrize(
     ("wish", "why"),
     [
-        ({"enabled": False}, "Disabled."),
+        ({"enabled": False}, "Disabled. Enable it with: nimhost adapters update math --enabled"),
         ({"finetuning_type": "prompt_tuning"}, "Engines load adapters of finetuning_type lora"),
         ({}, "No deployment of default/aa takes adapters"),
     ],
 )
-def test_an_adapter_that_nothing_is_to_serve_says_why_itself(wish: dict[str, object], why: str) -> None:
-    adapter = Adapter(**{"fileset": "f", "model": "default/aa", "finetuning_type": "lora", **wish})  # type: ignore[arg-type]
+def test_an_adapter_that_nothing_is_to_serve_says_why_itself(wish: dict[str, Any], why: str) -> None:
+    adapter = Adapter(**{"fileset": "f", "model": "default/aa", "finetuning_type": "lora", **wish})
     models = {A: row("models", "aa", Model())}
     found = route_table([], models, [], [], {}, adapters=[row("adapters", "math", adapter)])
     for ask in (found.any_model, lambda name: found.model("default", name)):

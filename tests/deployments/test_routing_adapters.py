@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from nimhost.deployments.discovery import judge
@@ -14,8 +16,8 @@ from nimhost.refs import Ref
 BASE, MATH = ServedModel("default/base", "default/base"), ServedModel("default/default--math", "default--math")
 
 
-def upstream(name: str, *served: ServedModel, workspace: str = "default", **more: object) -> Upstream:
-    return Upstream(provider=Ref(workspace, name), base_url="http://x", policy="vllm", served=served, **more)  # type: ignore[arg-type]
+def upstream(name: str, *served: ServedModel, workspace: str = "default", **more: Any) -> Upstream:
+    return Upstream(provider=Ref(workspace, name), base_url="http://x", policy="vllm", served=served, **more)
 
 
 def table(*upstreams: Upstream) -> RouteTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from nimhost.config import Models, ToolCallPlugin, TrustRemoteCode
 from nimhost.config import Weights as WeightsSettings
 from nimhost.deployments import specs
+from nimhost.host.weights import Repo
 from tests.fakes.hub import FakeHub
 from tests.support import eventually
 from tests.tiny import HEADS, HIDDEN, tiny_lora, tiny_model
@@ -256,7 +257,7 @@ async def test_a_directory_of_this_machine_is_read_where_it_is(world: World, tin
 
 async def test_weights_in_the_cache_need_no_hub(world: World, hub: FakeHub, tiny: Path) -> None:
     await make_fileset(world)
-    await world.daemon.weights.fetch(world_repo(), None, lambda _: None)
+    await world.daemon.weights.fetch(Repo(repo_id=REPO), None, lambda _: None)
     hub.faults.down = True
     assert (await make_model(world))["spec_status"] == "ready"
 
@@ -378,14 +379,8 @@ async def test_a_lora_is_no_model_and_says_so(world: World, hub: FakeHub, tmp_pa
     assert "register it as an adapter" in (await make_model(world))["spec_message"]
 
 
-def spec_ready(world: World) -> Any:
+def spec_ready(world: World) -> Callable[[], Awaitable[bool]]:
     async def ready() -> bool:
         return bool((await model(world))["spec_status"] == "ready")
 
     return ready
-
-
-def world_repo() -> Any:
-    from nimhost.host.weights import Repo
-
-    return Repo(repo_id=REPO)

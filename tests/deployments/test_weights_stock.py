@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from nimhost.config import Deployments
+from nimhost.config import Weights as WeightsSettings
 from nimhost.deployments.desired import Desired
 from nimhost.deployments.pulls import Asked, Pulls
 from nimhost.deployments.weights_stock import Stock
 from nimhost.entities import Fileset, HuggingFaceStorage
-from nimhost.errors import NotFound
+from nimhost.errors import DiskFull, NotFound
 from nimhost.host.weights import Limits, Repo, Weights
 from nimhost.refs import Ref
 from nimhost.store import Store
 from tests.fakes.hub import FakeHub
 from tests.support import eventually
 from tests.test_unreadable import damage
+from tests.world import IMAGE, World
 
 FILES = {"config.json": b"{}", "model.safetensors": b"x" * 1000}
 NAMES = ("org/first", "org/second")
@@ -54,8 +57,13 @@ async def nothing() -> Sequence[Desired]:
     return ()
 
 
-def stock_of(weights: Weights, store: Store, read: Callable[[], Awaitable[Sequence[Desired]]] = nothing) -> Stock:
-    return Stock(weights, store, Pulls(weights, store, no_secret), read)
+def stock_of(
+    weights: Weights,
+    store: Store,
+    read: Callable[[], Awaitable[Sequence[Desired]]] = nothing,
+    on_room: Callable[[], None] = lambda: None,
+) -> Stock:
+    return Stock(weights, store, Pulls(weights, store, no_secret), read, on_room)
 
 
 async def no_secret(ref: Ref) -> str:
@@ -89,6 +97,22 @@ async def test_what_somebody_asks_for_while_others_go_stays(weights: Weights, st
     assert [row.repo for row, _ in found.gone] == ["org/first"]
     assert [why for _, why in found.kept] == ["fileset default/ff names it"]
     assert stays(weights) == ["org/second"]
+
+
+@pytest.mark.fault(17)
+async def test_who_waits_for_room_goes_on_as_soon_as_something_is_pruned(weights: Weights, tmp_path: Path) -> None:
+    cache, patient = WeightsSettings(cache_dir=str(weights.cache_dir), offline=True), Deployments(restart_backoff_s=300)
+    async with World(tmp_path, weights=cache, deployments=patient) as world:
+        world.docker.pull_error = DiskFull("No space left in /var/lib/docker.")
+        world.docker.registry["big:1"] = world.docker.images[IMAGE]
+        await world.deploy("one", "big:1")
+        await world.wait("one", "PENDING", "No space left in /var/lib/docker.\nTrying again at")
+        world.docker.pull_error = None
+        prune = "/apis/nimhost/v1/weights/prune"
+        assert (await world.http.post(prune, json={"dry_run": True})).json()["freed_bytes"] > 0
+        assert world.docker.calls.count("pull") == 1
+        assert (await world.http.post(prune, json={})).json()["freed_bytes"] > 0
+        await world.wait("one", "READY")
 
 
 @pytest.mark.fault(38)

@@ -10,6 +10,7 @@ import pytest
 from nimhost.engines.check import check_order, check_parallelism
 from nimhost.engines.parallel import nim_split, value_of
 from nimhost.engines.recipes import cook
+from nimhost.engines.spec import ContainerSpec
 from nimhost.entities import DeploymentConfig, ModelSpec, ToolCallConfig
 from nimhost.errors import BadRequest
 from tests.engines.make import HOST, WITH_WEIGHTS, model, order, spec
@@ -108,7 +109,7 @@ def test_a_model_specific_nim_is_left_to_its_profiles() -> None:
 # --- vLLM ----------------------------------------------------------------------------------------------------------
 
 
-def vllm(gpu: int, known: ModelSpec | None, *arguments: str) -> Any:
+def vllm(gpu: int, known: ModelSpec | None, *arguments: str) -> ContainerSpec:
     wish = order("vllm", gpu=gpu, with_model=model(spec=known), additional_args=list(arguments))
     return check_order(wish, WITH_WEIGHTS)
 

@@ -157,8 +157,8 @@ def test_nim_is_given_a_plugin_as_a_file() -> None:
 
 def test_nim_from_ngc_brings_its_model() -> None:
     wish = {"model_name": "meta/llama-3.2-1b-instruct"}
-    image = {"image_name": "nvcr.io/nim/meta/llama-3.2-1b-instruct", "image_tag": "1.8.6"}
-    asked = order("nim", wish=wish, **image)
+    image = "nvcr.io/nim/meta/llama-3.2-1b-instruct"
+    asked = order("nim", wish=wish, image_name=image, image_tag="1.8.6")
     made = cook(asked, HOST)
     assert not needs_weights(asked, HOST)
     assert made.image == "nvcr.io/nim/meta/llama-3.2-1b-instruct:1.8.6"
@@ -174,8 +174,8 @@ def test_nim_from_ngc_brings_its_model() -> None:
 
 
 def test_a_key_of_the_person_s_own_is_the_one_a_nim_gets() -> None:
-    image = {"image_name": "nvcr.io/nim/meta/llama", "image_tag": "1"}
-    made = cook(order("nim", additional_envs={"NGC_API_KEY": "nvapi-own"}, **image), HOST)
+    envs = {"NGC_API_KEY": "nvapi-own"}
+    made = cook(order("nim", additional_envs=envs, image_name="nvcr.io/nim/meta/llama", image_tag="1"), HOST)
     assert (made.env["NGC_API_KEY"], made.secret_env) == ("nvapi-own", {})
 
 
@@ -199,7 +199,7 @@ def test_a_nim_lists_what_it_was_told_where_it_serves_our_weights() -> None:
         ({"run_as_group": 6}, "", "0:6"),
     ],
 )
-def test_who_an_engine_runs_as(ids: dict[str, int], image_user: str, expected: str | None) -> None:
+def test_who_an_engine_runs_as(ids: dict[str, Any], image_user: str, expected: str | None) -> None:
     for engine in ("vllm", "nim", "generic"):
         made = cook(order(engine, with_model=model(), image_name="x", health_check_path="/h", **ids), WITH_WEIGHTS)
         assert made.user_in(image_user) == expected

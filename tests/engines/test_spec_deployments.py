@@ -12,7 +12,7 @@ from nimhost.engines.check import check_order
 from nimhost.engines.order import Script
 from nimhost.engines.recipes import cook, needs_weights
 from nimhost.engines.spec import Mount
-from nimhost.entities import Deployment, Entity, ModelSpec, ToolCallConfig
+from nimhost.entities import DeploymentConfig, Entity, ModelSpec, ToolCallConfig
 from nimhost.kinds import KINDS
 from nimhost.models.spec import described, inherited
 from tests.engines.make import HOST, spec
@@ -49,7 +49,7 @@ def test_what_a_deployment_of_the_documentation_becomes(case: Case, late: bool) 
     there = {(r.kind, r.workspace, r.name): r for r in rows}
     deployment = row("deployments", {"name": case.name, "config": "c"})
     config = msgspec.convert({k: v for k, v in case.config.items() if k != "name"}, KINDS["deployment-configs"].wish)
-    assert isinstance(deployment.wish, Deployment)
+    assert isinstance(config, DeploymentConfig)
 
     desired = join(deployment, config, lambda *key: there.get(key), FACTS)
 

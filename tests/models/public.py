@@ -46,3 +46,8 @@ QWEN3_NEXT_80B = config(
     layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 12, max_position_embeddings=262144,
     tie_word_embeddings=False, torch_dtype="bfloat16",
 )  # fmt: skip
+LLAMA4_SCOUT = config(
+    "Llama4ForCausalLM", "llama4_text", 48, 5120, 40, 8192, 202048, num_key_value_heads=8, head_dim=128,
+    hidden_act="silu", num_local_experts=16, num_experts_per_tok=1, attention_chunk_size=8192,
+    max_position_embeddings=10485760, tie_word_embeddings=False, torch_dtype="bfloat16",
+)  # fmt: skip

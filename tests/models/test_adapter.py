@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from nimhost.entities import LinearLayerSpec, ModelSpec
+from nimhost.entities import ModelSpec
+from nimhost.layers import LinearLayerSpec
 from nimhost.models.adapter import Base, Flaw, are_different, find_flaw, rank_of
 from nimhost.models.tensors import Tensor
 

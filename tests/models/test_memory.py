@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from nimhost.entities import ModelSpec
 from nimhost.models.checkpoint import read_spec
 from nimhost.models.memory import GIB, Ask, Fit, fit, kv_bytes
 from nimhost.models.tensors import Tensor
@@ -38,7 +39,7 @@ PUBLIC: dict[str, tuple[Any, float, float, int, str]] = {
 }
 
 
-def spec_of(config: Any, name: str = "") -> Any:
+def spec_of(config: Any, name: str = "") -> ModelSpec:
     """State space models are counted by their tensors."""
     parameters = {"nemotron_h": 8_100_000_000, "falcon_mamba": 7_272_665_088}.get(config["model_type"])
     return read_spec(config, name=name, tensors={"all": Tensor("BF16", (parameters,), 0)} if parameters else None)
@@ -88,6 +89,16 @@ def test_a_window_limits_what_is_kept() -> None:
     assert short < window == long
     half = spec_of(known.GEMMA2_9B)  # every second layer
     assert kv_bytes(half, Ask(), 64000, 2048) > 30 * kv_bytes(half, Ask(), 2048, 2048) * 0.5
+
+
+@pytest.mark.parametrize("said", [{}, {"layer_types": (["chunked_attention"] * 3 + ["full_attention"]) * 12}])
+def test_layers_that_attend_in_chunks_keep_one_chunk(said: dict[str, Any]) -> None:
+    """Every fourth layer sees everything: `no_rope_layer_interval` of the Llama4TextConfig of transformers."""
+    spec = spec_of({**public.LLAMA4_SCOUT, **said})
+    layer = 2 * 8 * 128 * 2
+    assert kv_bytes(spec, Ask(), 4096, 2048) == 48 * 4096 * layer
+    chunk = 8192 + 2048
+    assert kv_bytes(spec, Ask(), 2**20, 2048) == 12 * 2**20 * layer + 36 * chunk * layer
 
 
 def test_tensor_parallelism_divides_heads_down_to_one_and_never_latent_attention() -> None:

@@ -13,14 +13,13 @@ from nimhost.entities import (
     Fileset,
     FilesetMetadata,
     GivenSpec,
-    LinearLayerSpec,
     Model,
     ModelSpec,
     ModelStatus,
-    MoEConfig,
     ToolCallConfig,
 )
 from nimhost.errors import BadRequest
+from nimhost.layers import LinearLayerSpec, MoEConfig
 from nimhost.models.spec import (
     ToolCalling,
     chat_of,
@@ -39,7 +38,7 @@ from tests.engines.make import spec
 COMPUTED = spec(
     context_size=40960, is_chat=True, moe_config=MoEConfig(num_experts=8, num_experts_per_tok=2, num_expert_layers=1)
 )
-TOOLS = {"tool_call_parser": "hermes", "auto_tool_choice": True, "chat_template": "{{ x }}"}
+TOOLS: dict[str, Any] = {"tool_call_parser": "hermes", "auto_tool_choice": True, "chat_template": "{{ x }}"}
 
 
 def entity(status: ModelStatus | None = None, **wish: Any) -> Entity:
@@ -192,6 +191,12 @@ def test_linear_layers_have_names_and_dimensions() -> None:
         LinearLayerSpec(name="model.layers.2.self_attn.q_proj", in_features=8, out_features=16),
         LinearLayerSpec(name="model.layers.10.self_attn.q_proj", in_features=8, out_features=16),
     ]
+
+
+def test_layers_may_have_any_numbers() -> None:
+    names = [f"layers.{number}.q" for number in ("2", "10", "²", "9" * 5000)]
+    found = linear_layers({f"{name}.weight": tensor("BF16", 16, 8) for name in names})
+    assert {layer.name for layer in found} == set(names)
 
 
 def test_gpt2_stores_its_layers_transposed() -> None:
