@@ -39,6 +39,9 @@ def flag(name: str, description: str) -> Json:
     return query(name, {"type": "boolean", "default": False}, description)
 
 
+VERBOSE = flag("verbose", "Show what is long as well.")
+
+
 # --- the kinds -----------------------------------------------------------------------------------------------------
 
 
@@ -48,7 +51,6 @@ def of_kind(kind: Kind) -> Iterator[Operation]:
     one, name, word = f"{base}/{{name}}", kind.wish.__name__, _word(kind)
     tag, label = kind.key, kind.label.lower()
     whole = {JSON: ref(name)}
-    verbose = flag("verbose", "Show what is long as well.")
     dry = flag("dry_run", "Do it, say what it did, and undo it.")
     yield Operation(
         path=base, method="GET", id=f"list_{kind.key.replace('-', '_')}", summary=f"List {label}s", tag=tag,
@@ -61,12 +63,12 @@ def of_kind(kind: Kind) -> Iterator[Operation]:
     )  # fmt: skip
     yield Operation(
         path=one, method="GET", id=f"get_{word}", summary=f"Get a {label}", tag=tag, replies={200: whole},
-        errors=(404, 422), query=(verbose,),
+        errors=(404, 422), query=(VERBOSE,),
     )  # fmt: skip
     yield Operation(
         path=one, method="POST" if kind.versioned else kind.update, id=f"update_{word}", summary=_UPDATES[kind.update],
         tag=tag, replies={kind.create_code if kind.versioned else 200: whole}, errors=(*BODY_ERRORS, 404, 409),
-        body={JSON: ref(f"{name}Update")}, query=(dry, verbose) if kind.update == "PATCH" else (dry,),
+        body={JSON: ref(f"{name}Update")}, query=(dry, VERBOSE) if kind.update == "PATCH" else (dry,),
     )  # fmt: skip
     yield Operation(
         path=one, method="DELETE", id=f"delete_{word}", summary=f"Delete a {label}", tag=tag,
@@ -132,6 +134,8 @@ def _list_query(kind: Kind) -> tuple[Json, ...]:
         found.append(query("sort", {"enum": orders, "default": kind.sort}))
     if kind.versioned:
         found.append(flag("all_versions", "Old versions as well."))
+    if kind.key == "models":
+        found.append(VERBOSE)
     if kind.key == "virtual-models":
         found.append(flag("exclude_autoprovisioned", "Only those that somebody made."))
     how = 'As `filter[field]=value`, `filter[field][$op]=value`, or as JSON: `filter={"field": {"$op": "value"}}`.'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from nimhost.api.openapi_kinds import BODY_ERRORS, JSON, Operation, flag, query
+from nimhost.api.openapi_kinds import BODY_ERRORS, JSON, VERBOSE, Operation, flag, query
 from nimhost.api.schemas import NAME, NULL, OPEN, TEXT, components, nullable, record, ref
 from nimhost.entities import Status
 from nimhost.kinds import KINDS
@@ -162,7 +162,7 @@ def _of_adapters(base: str) -> Iterator[Operation]:
     yield Operation(
         path=f"{base}/{{name}}", method="PATCH", id="update_adapter_of_model", tag=full.key,
         summary="Change the fields that are there", replies={200: whole}, errors=(*BODY_ERRORS, 404, 409),
-        body={JSON: ref("AdapterUpdate")}, query=(dry, flag("verbose", "Show what is long as well.")),
+        body={JSON: ref("AdapterUpdate")}, query=(dry, VERBOSE),
     )  # fmt: skip
     yield Operation(
         path=f"{base}/{{name}}", method="DELETE", id="delete_adapter_of_model", summary="Delete an adapter of a model",

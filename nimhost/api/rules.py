@@ -41,7 +41,7 @@ from nimhost.entities import (
 from nimhost.errors import BadRequest, InvalidRequest
 from nimhost.host.weights import ngc
 from nimhost.kinds import KINDS
-from nimhost.refs import NGC_KEY, PROJECT, Ref, parse_ref
+from nimhost.refs import NGC_KEY, PROJECT, Ref, is_name, parse_ref
 
 Json = dict[str, Any]
 _HUB_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
@@ -69,7 +69,7 @@ async def check_workspace(workspace: str, db: Reader) -> None:
     if not await db.find("workspaces", "", workspace):
         raise InvalidRequest(
             f"Workspace '{workspace}' does not exist. Please create the workspace first.",
-            hint=f"nimhost workspaces create {workspace}",
+            hint=f"nimhost workspaces create {workspace}" if is_name(workspace) else None,
         )
 
 

@@ -20,6 +20,7 @@ from nimhost.cli.options import (
     format_option,
     open_client,
     output_format,
+    read_input,
 )
 from nimhost.errors import BadRequest, InvalidRequest, NotFound
 
@@ -99,7 +100,7 @@ def check_names(model: str | None, provider: str | None) -> None:
 
 def read_prompt() -> str:
     """What comes on standard input. Raises UsageError when that is nothing."""
-    prompt = sys.stdin.read().strip()
+    prompt = read_input().strip()
     if not prompt:
         raise click.UsageError("There is nothing to ask: give a PROMPT, or something on standard input.")
     return prompt

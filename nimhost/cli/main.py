@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
+import os
+import sys
 from typing import Any, NamedTuple
 
 import click
 
 from nimhost import __version__
-from nimhost.cli.options import address_options, format_option, show_error
+from nimhost.cli.options import address_options, format_option, show_error, whole_option
 from nimhost.errors import ConfigError, NimhostError
 
 
@@ -113,9 +116,21 @@ Exit codes:  0 done, 1 failed or refused, 2 wrong usage or settings, 130 interru
 @click.version_option(__version__, "-V", "--version", message="nimhost %(version)s")
 @format_option("table", "json", "yaml", "raw")
 @address_options
+@whole_option(hidden=True)
 def cli() -> None:
     """Run NVIDIA NIM and vLLM on your own GPUs behind one OpenAI-compatible endpoint."""
 
 
+def open_streams() -> None:
+    """A stream that the caller has closed is an empty one, and what its encoding has not is shown as a question mark:
+    an engine may send half a character."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def main() -> None:
-    cli(prog_name="nimhost")
+    open_streams()
+    cli(prog_name="nimhost", color=False if os.environ.get("NO_COLOR") else None)

@@ -27,7 +27,7 @@ TEXT = "text"
 COMPLETION_TIMEOUT_S = 0.5
 
 
-def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     if value is not None and param.name is not None:
         ctx.meta.setdefault(KEY, {})[param.name] = value
     return value
@@ -67,6 +67,27 @@ def format_option(*formats: str, in_pipe: str = "") -> Callable[[F], F]:
     )
 
 
+def table_options(command: F) -> F:
+    """What a table of a list shows: `--output-columns` and `--no-truncate`, for `asked`."""
+    columns = click.option(
+        "-c", "--output-columns", metavar="COLUMNS", expose_value=False, callback=_remember,
+        help="What a table shows: all, or fields with commas (name,status).",
+    )  # fmt: skip
+    return columns(whole_option(hidden=False)(command))
+
+
+def whole_option(hidden: bool) -> Callable[[F], F]:
+    return click.option(
+        "--no-truncate", is_flag=True, default=None, expose_value=False, callback=_remember, hidden=hidden,
+        help="Do not cut a table at the edge of the terminal.",
+    )  # fmt: skip
+
+
+def asked(name: str) -> Any:
+    """What was given for an option that is remembered; None: nothing."""
+    return click.get_current_context().meta.get(KEY, {}).get(name)
+
+
 def settings() -> client_settings.ClientSettings:
     """The client's settings in force for the running command. Raises ConfigError, also for a format there is not."""
     chosen = client_settings.load(click.get_current_context().meta.get(KEY, {}))
@@ -85,7 +106,7 @@ def output_format(*formats: str) -> str:
 
 
 def flag_given(name: str) -> bool:
-    return name in click.get_current_context().meta.get(KEY, {})
+    return asked(name) is not None
 
 
 NOT_CLIENTS = ("serve", "config", "completion", "version")
@@ -108,7 +129,17 @@ def read_secret(what: str) -> str:
     """What is piped into this command; at a terminal, what is typed: unseen, to the end of the line."""
     if sys.stdin.isatty():
         return str(click.prompt(what, hide_input=True, err=True))
-    return sys.stdin.read()
+    return read_input()
+
+
+def read_input() -> str:
+    """All of standard input. Raises UsageError for what is no text."""
+    try:
+        text = sys.stdin.read()
+        text.encode()  # bytes that are no text may have been let through as surrogates
+    except UnicodeError:
+        raise click.UsageError("Standard input is not text in UTF-8.") from None
+    return text
 
 
 def open_client(timeout_s: float = 60.0) -> Client:

@@ -17,10 +17,9 @@ COLOURS = {
     "READY": "green", "ERROR": "red", "LOST": "red", "UNKNOWN": "magenta", "STOPPED": "bright_black",
     **dict.fromkeys(("PENDING", "CREATED", "DELETING", "NO KEY"), "yellow"),
 }  # fmt: skip
+LEAST_ROOM = 10
+"""For the last column of a table, in characters."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_UNPRINTED = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff]")
-_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
-_YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 
 
 def clean(text: str) -> str:
@@ -37,6 +36,8 @@ def first_sentence(message: str) -> str:
 def print_value(value: Any, output_format: str) -> None:
     """One object or list: `json` indented, `yaml`, or `raw` (JSON on one line)."""
     if output_format == "yaml":
+        from nimhost.cli.structures import to_yaml
+
         click.echo(to_yaml(value))
     elif output_format == "raw":
         click.echo(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
@@ -44,16 +45,22 @@ def print_value(value: Any, output_format: str) -> None:
         click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their content; on a terminal the last one is cut at the edge. Statuses are coloured."""
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool = False) -> None:
+    """Columns as wide as their content; on a terminal the last one is cut at the edge, or at the end of the next line
+    where the others leave it no room, unless it is wanted `whole`. Statuses are coloured."""
+    from rich.cells import cell_len, set_cell_size  # characters may be two columns wide
+
     table = [list(headers), *([clean(cell).replace("\n", " ") for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(headers))]
-    room = shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * (len(headers) - 1)
+    widths = [max(cell_len(row[i]) for row in table) for i in range(len(headers))]
+    line = shutil.get_terminal_size().columns
+    room = line - sum(widths[:-1]) - 2 * (len(headers) - 1)
+    while room <= LEAST_ROOM:
+        room += line
     for row in table:
         last = row[-1]
-        if sys.stdout.isatty() and len(last) > room > 10:
-            last = f"{last[: room - 1]}…"
-        cells = [_coloured(cell.ljust(width)) for cell, width in zip(row[:-1], widths, strict=False)]
+        if not whole and sys.stdout.isatty() and cell_len(last) > room:
+            last = f"{set_cell_size(last, room - 1)}…"
+        cells = [_coloured(set_cell_size(cell, width)) for cell, width in zip(row[:-1], widths, strict=False)]
         click.echo("  ".join([*cells, last]).rstrip())
 
 
@@ -71,24 +78,3 @@ def age(created_at: str, now: datetime | None = None) -> str:
         if seconds >= 2 * size or (unit == "d" and seconds >= size):
             return f"{seconds // size}{unit}"
     return f"{seconds}s"
-
-
-def to_yaml(value: Any, indent: str = "") -> str:
-    """Block YAML of what JSON can hold. Strings that could be read as something else are quoted as JSON."""
-    if isinstance(value, dict) and value:
-        return "\n".join(f"{indent}{_scalar(key)}:{_nested(item, indent)}" for key, item in value.items())
-    if isinstance(value, list | tuple) and value:
-        return "\n".join(f"{indent}- {to_yaml(item, indent + '  ').removeprefix(indent + '  ')}" for item in value)
-    return f"{indent}{_scalar(value)}"
-
-
-def _nested(item: Any, indent: str) -> str:
-    if isinstance(item, dict | list | tuple) and item:
-        return "\n" + to_yaml(item, indent + "  ")
-    return f" {_scalar(item)}"
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _YAML_WORDS:
-        return value
-    return _UNPRINTED.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from nimhost.cli.examples import add_examples
-from nimhost.cli.options import address_options, complete_names, format_option, open_client, output_format
+from nimhost.cli.options import (
+    address_options,
+    complete_names,
+    format_option,
+    open_client,
+    output_format,
+    table_options,
+)
 from nimhost.cli.output import FORMATS, print_value
 from nimhost.cli.resources_options import (
     SECRET_OPTIONS,
@@ -40,22 +47,43 @@ MORE = {
     "inference": "nimhost.cli.resources_inference",
 }
 """Modules that add to a group: each has `extend(root)`."""
-ABOUT = {
-    "workspaces": ("Names are unique within each of them.", "create team"),
-    "projects": ("Labels to group things by.", "create demo"),
-    "secrets": ("Keys and tokens, kept encrypted; only 'access' shows them.", "create openai-api-key --from-file -"),
-    "files": ("Filesets, and the files in them.", "upload ./my-lora/"),
-    "models": ("What deployments run and requests name.", "create qwen3 --fileset default/qwen3"),
+_OPENAI = "--host-url https://api.openai.com/v1 --api-key-secret-name openai-api-key"
+ABOUT: dict[str, tuple[str, *tuple[str, ...]]] = {
+    "workspaces": ("Names are unique within each of them.", "workspaces create team"),
+    "projects": ("Labels to group things by.", "projects create demo"),
+    "secrets": (
+        "Keys and tokens, kept encrypted; only 'access' shows them.",
+        "secrets create openai-api-key --from-file -",
+    ),
+    "files": ("Filesets, and the files in them.", "files upload ./my-lora/"),
+    "files filesets": ("Named sets of files. Uploaded, in a directory here, or in a repository of a hub.",),
+    "models": ("What deployments run and requests name.", "models create qwen3 --fileset default/qwen3"),
     "adapters": (
-        "LoRA adapters on top of a model.",
-        "create math --model default/qwen3 --fileset default/math-lora",
+        "LoRA adapters on top of a model: loaded into its engines while they run, and asked by their own name.",
+        "deploy Qwen/Qwen3-1.7B --lora",
+        "files upload ./math-lora/",
+        "adapters create math --model qwen-qwen3-1-7b --fileset math-lora",
+        'chat math "What is 2 + 3?"',
     ),
     "inference": (
         "Deployments, their configs, providers, and requests to them.",
-        "providers create openai --host-url https://api.openai.com/v1 --api-key-secret-name openai-api-key",
+        f"inference providers create openai {_OPENAI}",
     ),
+    "inference deployment-configs": ("What deployments run. A model, its engine, image and GPUs.",),
+    "inference deployments": ("Configs that are to run. With all that it needs one is made by: nimhost deploy",),
+    "inference providers": (
+        "Where models can be asked. The engines of deployments, and the services of others. NVIDIA's is there from the "
+        "start, and wants a key: nimhost secrets create ngc-api-key --from-file - --workspace system",
+        "secrets create openai-api-key --from-file -",
+        f"inference providers create openai {_OPENAI}",
+        'chat gpt-4 "Hello!" --provider openai',
+        "inference providers create anthropic --host-url https://api.anthropic.com --api-key-secret-name anthropic \\\n"
+        "    --auth-header-format 'X-Api-Key: {{ auth_secret }}' \\\n"
+        """    --default-extra-headers '{"anthropic-version": "2023-06-01"}'""",
+    ),
+    "inference virtual-models": ("Other names for models.",),
 }
-"""What a group is for, and an example."""
+"""What a group is for, and examples."""
 ONE = ("json", "yaml", "raw", "table")
 """Formats of one entity; as a table it has a row for each field."""
 SWITCHES = {
@@ -68,20 +96,25 @@ SWITCHES = {
 
 def group(word: str) -> click.Group:
     """`nimhost WORD`: a group with every kind whose place in the CLI begins with that word."""
-    about, example = ABOUT[word]
-    root = click.Group(word, help=f"{about}\n\n\b\nExample:\n  nimhost {word} {example}")
+    root = click.Group(word, help=_help(word))
     for kind in KINDS.values():
         first, *rest = kind.cli.split()
         if first == word:
             parent = root
             for part in rest:
-                parent = subgroup(parent, part, f"{kind.label}s.")
+                parent = subgroup(parent, part, _help(kind.cli))
             for command in commands(kind):
                 parent.add_command(command)
     if word in MORE:
         importlib.import_module(MORE[word]).extend(root)
     add_examples(root, word)
     return root
+
+
+def _help(path: str) -> str:
+    about, *examples = ABOUT[path]
+    title = "Example" if len(examples) == 1 else "Examples"
+    return "\n  nimhost ".join([f"{about}\n\n\b\n{title}:" if examples else about, *examples])
 
 
 def subgroup(parent: click.Group, name: str, about: str) -> click.Group:
@@ -119,6 +152,8 @@ def make(
     command = click.Command(name, callback=run, params=list(params), help=about, hidden=hidden)
     if formats:
         command = format_option(*formats, in_pipe="json" if lists else "")(command)
+    if lists:
+        command = table_options(command)
     return address_options(command)
 
 
@@ -153,7 +188,7 @@ def create_command(kind: Kind) -> click.Command:
         body = complete_body(given, fields)
         with open_client() as client:
             resource = of(client, kind)
-            made = create(resource.create, resource.get, body, exist_ok)
+            made = create(kind.cli, resource.create, resource.get, body, exist_ok)
             print_entity(wait_for(client, made["name"], timeout_s) if wait else made)
         if kind.key == "adapters":
             tell_adapter(made)
@@ -181,14 +216,18 @@ def wait_for(client: Client, name: str, timeout_s: float) -> Any:
     return client.deployments.wait(name, timeout_s=timeout_s, on_entry=functools.partial(show, err=True))
 
 
-def create(insert: Callable[..., Any], find: Callable[[str], Any], body: dict[str, Any], exist_ok: bool) -> Any:
-    """With `exist_ok` what is there already, whatever it is like."""
+def create(
+    group: str, insert: Callable[..., Any], find: Callable[[str], Any], body: dict[str, Any], exist_ok: bool
+) -> Any:
+    """With `exist_ok` what is there already, whatever it is like. `group`: the words of its commands."""
     try:
         return insert(**body)
-    except AlreadyExists:
-        if not exist_ok:
-            raise
-        return find(body["name"])
+    except AlreadyExists as error:
+        if exist_ok:
+            return find(body["name"])
+        name = body["name"]
+        error.hint = error.hint or f"Change it: nimhost {group} update {name} …   Show it: nimhost {group} get {name}"
+        raise
 
 
 def get_command(kind: Kind) -> click.Command:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -15,7 +17,7 @@ from nimhost.cli.options import complete_names, open_client
 from nimhost.cli.output import FORMATS, clean
 from nimhost.cli.resources import make
 from nimhost.cli.resources_output import DELETED, print_list
-from nimhost.errors import BadRequest, NotFound
+from nimhost.errors import AlreadyExists, BadRequest, NotFound
 from nimhost.refs import is_name, slug
 
 if TYPE_CHECKING:
@@ -53,31 +55,48 @@ Examples:
 
 
 def upload(local_path: str, fileset: str | None, remote_path: str) -> None:
-    pairs = list(uploads(local_path, remote_path))
-    if not pairs:
+    files = [(source, path, size_of(source)) for source, path in uploads(local_path, remote_path)]
+    if not files:
         raise click.UsageError(f"There is no file in {local_path}.")
     with open_client() as client:
         target = find_fileset(client, fileset) if fileset else new_fileset(client, local_path)
-        for source, path in pairs:
-            with progress(path, source.stat().st_size) as show:
+        for source, path, size_bytes in files:
+            with progress(path, size_bytes) as show:
                 client.filesets.upload(target, path, str(source), on_sent=show)
             click.echo(path)
     click.echo(f"Completed upload to {target}" + (f"#{remote_path}" if remote_path else ""))
 
 
 def uploads(local_path: str, remote_path: str) -> Iterator[tuple[Path, str]]:
-    """Each local file, and its path in the fileset."""
+    """Each local file, and its path in the fileset. Raises BadRequest for a directory that cannot be read."""
     source, into = Path(local_path), PurePosixPath(remote_path)
     if not source.is_dir():
         yield source, str(into / source.name if remote_path.endswith("/") or not remote_path else into)
         return
     if not local_path.endswith("/"):
         into /= source.resolve().name
-    for folder, folders, files in os.walk(source):
+    for folder, folders, files in os.walk(source, onerror=_refuse):
         folders.sort()
+        for link in [link for name in folders if (link := Path(folder, name)).is_symlink()]:
+            click.echo(f"Left out, as a link to a directory: {link}", err=True)
         for name in sorted(files):
             path = Path(folder, name)
             yield path, str(into / path.relative_to(source).as_posix())
+
+
+def _refuse(error: OSError) -> None:
+    raise BadRequest(f"Cannot read {error.filename}: {error.strerror}")
+
+
+def size_of(file: Path) -> int:
+    """Raises BadRequest for what is not there, and for what has no size before it is read, such as a pipe."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise BadRequest(f"Cannot read {file}: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BadRequest(f"{file} is not an ordinary file: how long it is cannot be told.")
+    return found.st_size
 
 
 def find_fileset(client: Client, name: str) -> str:
@@ -95,7 +114,11 @@ def new_fileset(client: Client, local_path: str) -> str:
     name = slug(Path(local_path).resolve().name)
     if not is_name(name):
         raise click.UsageError(f"No name for a fileset can be made of {local_path}: give FILESET.")
-    return str(client.filesets.create(name)["name"])
+    try:
+        return str(client.filesets.create(name)["name"])
+    except AlreadyExists as error:
+        again = f"To copy into it: nimhost files upload {shlex.quote(local_path)} {name}"
+        raise AlreadyExists(error.message, again) from None
 
 
 def download(fileset: str, remote_path: str, output: str) -> None:

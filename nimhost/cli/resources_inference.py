@@ -20,7 +20,7 @@ from nimhost.cli.resources_options import (
     name_params,
     need_name,
     options_for,
-    parse_json,
+    structure,
 )
 from nimhost.cli.resources_output import print_entity, print_list
 from nimhost.client.inference import gateway_path
@@ -107,7 +107,7 @@ def add_verbs(group: click.Group, route: str | None) -> None:
     """A command for each HTTP method; `route`: `provider` or `model`, with a name, or None for the openai route."""
     for verb in VERBS:
         uri = click.Argument(["trailing_uri"], metavar="URI")
-        body = click.Option(["--body"], type=parse_json, metavar="JSON", help="What to send.")
+        body = click.Option(["--body"], type=structure, metavar="JSON", help="What to send.")
         params = [uri, *(name_params(f"{route}s") if route else []), *([body] if verb in BODIES else [])]
         about = f"{verb.upper()} a path of the engine's."
         command = make(verb, about, passing(verb, route), params)

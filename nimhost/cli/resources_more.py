@@ -42,7 +42,7 @@ def create_adapter() -> click.Command:
         body = complete_body(given, fields)
         with open_client() as client:
             insert = functools.partial(client.models.create_adapter, model)
-            made = create(insert, client.adapters.get, body, exist_ok)
+            made = create("adapters", insert, client.adapters.get, body, exist_ok)
         print_entity(made)
         tell_adapter(made)
 

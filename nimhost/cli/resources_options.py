@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,7 +11,8 @@ import click
 from msgspec.structs import FieldInfo
 from msgspec.structs import fields as struct_fields
 
-from nimhost.cli.options import F, complete_names, read_secret
+from nimhost.cli.options import F, complete_names, read_input, read_secret
+from nimhost.cli.structures import read_structure
 from nimhost.kinds import Kind
 
 CHOICES_SHOWN = 8
@@ -75,12 +74,12 @@ DEFAULTS = {"finetuning_type": "lora"}
 """Of fields that a body must have, and a person need not say."""
 
 
-def parse_json(text: str) -> Any:
+def structure(text: str) -> Any:
     """The type of an option whose value has a structure."""
     try:
-        return json.loads(text)
+        return read_structure(text)
     except ValueError as error:
-        raise click.BadParameter(f"this is not JSON: {error}") from None
+        raise click.BadParameter(str(error)) from None
 
 
 def wish_fields(kind: Kind, update: bool = False) -> list[FieldInfo]:
@@ -125,7 +124,7 @@ def _option(name: str, wanted: Any) -> click.Option:
         return click.Option([flag, name], metavar="NAME", help=about, shell_complete=complete_names(NAMED[name]))
     if wanted is str:
         return click.Option([flag, name], metavar="TEXT", help=about)
-    return click.Option([flag, name], type=parse_json, metavar="JSON", help=about)
+    return click.Option([flag, name], type=structure, metavar="JSON", help=about)
 
 
 def _plain(wanted: Any) -> Any:
@@ -142,8 +141,8 @@ def _plain(wanted: Any) -> Any:
 
 
 def input_options(command: F) -> F:
-    file = click.option("--input-file", metavar="FILE", help="JSON with the fields; '-' is standard input.")
-    data = click.option("--input-data", type=parse_json, metavar="JSON", help="The fields as JSON. Flags win over it.")
+    file = click.option("--input-file", metavar="FILE", help="JSON or YAML with the fields; '-' is standard input.")
+    data = click.option("--input-data", type=structure, metavar="JSON", help="The fields as JSON. Flags win over it.")
     return file(data(command))
 
 
@@ -155,7 +154,7 @@ def body_of(given: dict[str, Any]) -> dict[str, Any]:
     body: dict[str, Any] = {}
     for flag, value in (("--input-file", _read(given.pop("input_file"))), ("--input-data", given.pop("input_data"))):
         if value is not None and not isinstance(value, dict):
-            raise click.BadParameter("this is not a JSON object.", param_hint=f"'{flag}'")
+            raise click.BadParameter("this is not an object.", param_hint=f"'{flag}'")
         body |= value or {}
     if str(given.get("fileset")).startswith(("/", "./", "../", "~")):
         _refuse_path(given["fileset"])
@@ -179,15 +178,15 @@ def _read(path: str | None) -> Any:
     if path is None:
         return None
     try:
-        return json.loads(read_text(path))
+        return read_structure(read_text(path))
     except ValueError as error:
-        raise click.BadParameter(f"this is not JSON: {error}", param_hint="'--input-file'") from None
+        raise click.BadParameter(str(error), param_hint="'--input-file'") from None
 
 
 def read_text(path: str) -> str:
     """The content of a file, or of standard input for '-'. Raises UsageError when it cannot be read."""
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text()
+        return read_input() if path == "-" else Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"Cannot read {path}: {error}") from None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from nimhost.cli.options import output_format, retyped, settings
+from nimhost.cli.options import asked, output_format, retyped, settings
 from nimhost.cli.output import FORMATS, age, first_sentence, print_table, print_value
 from nimhost.cli.stages import brief
 
@@ -63,9 +63,9 @@ def tell_adapter(row: Any) -> None:
 
 def list_format() -> str:
     """What was asked for; else a table on a terminal, and JSON in a pipe, as the reference's own command has it."""
-    asked = settings().output_format
-    if asked in FORMATS:
-        return asked
+    wanted = settings().output_format
+    if wanted in FORMATS:
+        return wanted
     return "table" if sys.stdout.isatty() else "json"
 
 
@@ -77,11 +77,20 @@ def print_list(key: str, value: Any, rows: Sequence[Any]) -> None:
     elif not rows:
         click.echo("Nothing.")
     else:
-        headers, cells = table_of(key, rows)
-        print_table(headers, cells)
+        headers, cells = table_of(key, rows, asked("output_columns") or "default")
+        print_table(headers, cells, whole=bool(asked("no_truncate")))
 
 
-def table_of(key: str, rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+def table_of(key: str, rows: Sequence[Any], columns: str) -> tuple[list[str], list[list[str]]]:
+    """`columns`: `default`, `all`, or paths into the rows with commas."""
+    if columns == "default":
+        return _usual(key, rows)
+    every = dict.fromkeys(name for row in rows for name in row)
+    paths = [*every] if columns == "all" else [path.strip() for path in columns.split(",")]
+    return [path.upper() for path in paths], [[_cell(row, path) or "-" for path in paths] for row in rows]
+
+
+def _usual(key: str, rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
     """Columns that are empty in all rows are left out."""
     columns: Columns = (("WORKSPACE", "workspace"), ("NAME", "name"), *COLUMNS.get(key, ()))
     if len({row.get("workspace") for row in rows}) == 1:
@@ -101,9 +110,9 @@ def _cell(row: Any, path: str) -> str:
     for part in path.split("."):
         row = row.get(part) if isinstance(row, dict) else None
     if isinstance(row, list):
-        return ", ".join(map(str, row))
+        return ", ".join(map(_text, row))
     if isinstance(row, bool):
         return "yes" if row else "no"
     if path == "status_message":
         return first_sentence(row or "")
-    return "" if row is None else str(row)
+    return "" if row is None else _text(row)

@@ -20,11 +20,14 @@ PATH = "/apis/nimhost/v1/tokens"
 def tokens() -> None:
     """Make, list and revoke API tokens.
 
-    On a loopback address nobody needs one. Scopes: inference (talk to models), read (look at everything but secrets),
-    admin (everything).
+    On a loopback address nobody needs one. To let other machines in, make yourself one while nimhost is stopped, start
+    it for them, and make theirs. Scopes: inference (talk to models), read (look at everything but secrets), admin
+    (everything).
 
     \b
     Examples:
+      nimhost tokens create me --scope admin
+      nimhost serve --host 0.0.0.0
       nimhost tokens create laptop --scope inference
       nimhost tokens list
       nimhost tokens revoke laptop

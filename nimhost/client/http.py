@@ -47,6 +47,8 @@ class _Client(Resources):
         super().__init__(settings.workspace)
         try:
             self._http = self._http_class(**self._options(), transport=transport)
+        except httpx.InvalidURL as error:
+            raise client_settings.not_an_address(self.base_url) from error
         except (ValueError, ImportError) as error:
             raise ConfigError(
                 f"A proxy of the environment cannot be used: {error}",
@@ -80,6 +82,8 @@ class _Client(Resources):
             raise UpstreamTimeout(f"{self.base_url} did not answer in time.") from None
         except httpx.InvalidURL as error:
             raise BadRequest(f"{self.base_url}: {error}") from None
+        except UnicodeEncodeError:
+            raise BadRequest("What was to be sent is not text in UTF-8.") from None
         except httpx.RemoteProtocolError:
             raise UpstreamError(
                 f"The connection to {self.base_url} broke off in the middle of an answer.",

@@ -8,6 +8,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol
 
 from nimhost.client.streams import MakeDecoder
 from nimhost.client.wire import Flow, Record, Request, segment
+from nimhost.errors import BadRequest
 from nimhost.kinds import Kind
 from nimhost.refs import Ref
 
@@ -47,18 +48,30 @@ class Resource:
         self.wire = wire
 
     def ref(self, name: str, workspace: str | None = None) -> Ref:
-        """`name` or `workspace/name`, which wins over the workspace given and the client's own."""
-        first, slash, rest = name.partition("/")
-        return Ref(first, rest) if slash else Ref(workspace or self.wire.workspace, first)
+        """`name` or `workspace/name`, which wins over the workspace given and the client's own. The workspace is empty
+        for what is in none. Raises BadRequest for what cannot name one: an empty name would be the path of them all.
+        """
+        if not self.kind.in_workspace:
+            place, own, forms = "", name, "NAME"
+        else:
+            first, slash, rest = name.partition("/")
+            place, own = (first, rest) if slash else (workspace or self.wire.workspace, first)
+            forms = "NAME or WORKSPACE/NAME"
+        if not own or "/" in own or (self.kind.in_workspace and not place):
+            raise BadRequest(f"'{name}' names no {self.kind.label.lower()}.", f"Write {forms}.")
+        return Ref(place, own)
 
-    def _path(self, name: str = "", workspace: str | None = None, *more: str) -> str:
+    def _all(self, workspace: str | None) -> str:
+        return self.kind.path(segment(workspace or self.wire.workspace))
+
+    def _path(self, name: str, workspace: str | None = None, *more: str) -> str:
         ref = self.ref(name, workspace)
         return "/".join((self.kind.path(segment(ref.workspace)), *(segment(p) for p in (ref.name, *more) if p)))
 
     @call
     def create(self, /, name: str, *, workspace: str | None = None, **fields: Any) -> Flow[Any]:
         """Raises AlreadyExists, InvalidRequest, and BadRequest for something it refers to that is not there."""
-        return (yield Request(method="POST", path=self._path("", workspace), body={"name": name, **fields}))
+        return (yield Request(method="POST", path=self._all(workspace), body={"name": name, **fields}))
 
     @call
     def get(self, /, name: str, *, workspace: str | None = None, **query: str) -> Flow[Any]:
@@ -71,7 +84,7 @@ class Resource:
         query = {"page_size": str(self.kind.page_size_max), **query}
         page, pages = 1, 1
         while page <= pages:
-            part = yield Request(path=self._path("", workspace), query={**query, "page": str(page)})
+            part = yield Request(path=self._all(workspace), query={**query, "page": str(page)})
             found += part["data"]
             page, pages = page + 1, part["pagination"]["total_pages"]
         return found
@@ -79,7 +92,7 @@ class Resource:
     @call
     def page(self, /, *, workspace: str | None = None, **query: str) -> Flow[Any]:
         """One page as it comes: `data`, `pagination`. `query`: `page`, `page_size`, `sort`, `filter` and so on."""
-        return (yield Request(path=self._path("", workspace), query=query))
+        return (yield Request(path=self._all(workspace), query=query))
 
     @call
     def update(self, /, name: str, *, workspace: str | None = None, **fields: Any) -> Flow[Any]:

@@ -24,7 +24,7 @@ class Secrets(Resource):
         """`data` is another word for `value`: some published examples use it."""
         if "data" in fields:
             fields["value"] = fields.pop("data")
-        return (yield Request(method="POST", path=self._path("", workspace), body={"name": name, **fields}))
+        return (yield Request(method="POST", path=self._all(workspace), body={"name": name, **fields}))
 
     @call
     def access(self, name: str, *, workspace: str | None = None) -> Flow[Any]:

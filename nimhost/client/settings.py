@@ -62,10 +62,18 @@ def check_url(text: str) -> str:
 
     Raises ConfigError if it is not an http(s) URL.
     """
-    scheme, separator, rest = text.partition("://")
-    if scheme in ("http", "https") and separator and rest.strip("/"):
-        return text.rstrip("/").removesuffix("/v1")
-    raise ConfigError(f"'{text}' is not the address of a server.", f"Write it like this: {DEFAULT_URL}")
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in text
+    except ValueError:  # brackets that do not match, a port that is no number or too large
+        good = False
+    if not good:
+        raise not_an_address(text)
+    return text.rstrip("/").removesuffix("/v1")
+
+
+def not_an_address(text: str) -> ConfigError:
+    return ConfigError(f"'{text}' is not the address of a server.", f"Write it like this: {DEFAULT_URL}")
 
 
 def is_loopback(url: str) -> bool:

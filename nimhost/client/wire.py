@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from msgspec import Struct
 
-from nimhost.errors import ERROR_HEADER, InvalidRequest, NimhostError, Problem, UpstreamError, from_reply
+from nimhost.errors import ERROR_HEADER, BadRequest, InvalidRequest, NimhostError, Problem, UpstreamError, from_reply
 
 T = TypeVar("T")
 
@@ -70,8 +70,11 @@ def advance(flow: Flow[Any], outcome: Any) -> Step | Done:
 
 
 def segment(text: str) -> str:
-    """`text` as one segment of a path."""
-    return quote(text, safe="")
+    """`text` as one segment of a path. Raises BadRequest for bytes of a command line or file name that are no text."""
+    try:
+        return quote(text, safe="")
+    except UnicodeEncodeError:
+        raise BadRequest(f"'{text}' is not text in UTF-8.") from None
 
 
 def decode(status: int, headers: Mapping[str, str], body: bytes) -> Any:

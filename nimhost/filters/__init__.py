@@ -17,7 +17,7 @@ from msgspec import Struct
 from msgspec.structs import fields as struct_fields
 
 from nimhost.errors import BadRequest
-from nimhost.filters.text import DEPTH_LIMIT, text_to_json
+from nimhost.filters.text import DEPTH_LIMIT, PART_LIMIT, text_to_json
 from nimhost.kinds import Kind
 
 Op = Literal["eq", "like", "lt", "lte", "gt", "gte", "in", "nin", "exists"]
@@ -29,7 +29,6 @@ EVERYWHERE = (*COLUMNS, ENTITY_TYPE, "project")
 TIMES = ("created_at", "updated_at")
 DATA = "data."
 """Begins a path into what the client set: `data.executor_config.gpu`."""
-PART_LIMIT = 200
 _DATA_PATH = re.compile(r"data(\.[A-Za-z_][\w-]*)+")
 
 

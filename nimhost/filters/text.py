@@ -14,7 +14,10 @@ from nimhost.errors import BadRequest
 
 Json = dict[str, Any]
 DEPTH_LIMIT = 30
+PART_LIMIT = 200
+"""So many values are compared with."""
 SHORTEST_SUBSTRING = 3
+_BLANKS = re.compile(r"\s*")
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
 _WORD = re.compile(r"[^\s()\[\],:~<>\"]+")
 _NUMBER = re.compile(r"-?\d{1,18}(\.\d{1,18})?")
@@ -34,10 +37,11 @@ class _Parser:
         self._text = text
         self._at = 0
         self._depth = 0
+        self._values_read = 0
 
     def whole(self) -> Json:
         node = self._alternatives()
-        if self._rest():
+        if self._next():
             raise self._wrong("an end, AND or OR")
         return node
 
@@ -49,7 +53,7 @@ class _Parser:
 
     def _conjunction(self) -> Json:
         parts = [self._term()]
-        while self._take_word("AND") or (self._rest() and self._rest()[0] != ")" and not self._at_word("OR")):
+        while self._take_word("AND") or (self._next() not in ("", ")") and not self._at_word("OR")):
             parts.append(self._term())
         return parts[0] if len(parts) == 1 else {"$and": parts}
 
@@ -96,7 +100,10 @@ class _Parser:
         return values
 
     def _value(self) -> Any:
-        self._rest()
+        self._values_read += 1
+        if self._values_read > PART_LIMIT:
+            raise BadRequest(f"The filter has more than {PART_LIMIT} comparisons.")
+        self._next()
         if quoted := _STRING.match(self._text, self._at):
             self._at = quoted.end()
             return re.sub(r"\\(.)", r"\1", quoted[1], flags=re.DOTALL)
@@ -109,19 +116,22 @@ class _Parser:
 
     # --- steps
 
-    def _rest(self) -> str:
-        """What is left, blanks at its beginning skipped."""
-        while self._at < len(self._text) and self._text[self._at].isspace():
-            self._at += 1
-        return self._text[self._at :]
+    def _next(self) -> str:
+        """The next character that is no blank; empty at the end."""
+        blanks = _BLANKS.match(self._text, self._at)
+        assert blanks
+        self._at = blanks.end()
+        return self._text[self._at : self._at + 1]
 
     def _take(self, sign: str) -> bool:
-        found = self._rest().startswith(sign)
+        self._next()
+        found = self._text.startswith(sign, self._at)
         self._at += len(sign) if found else 0
         return found
 
     def _at_word(self, word: str) -> bool:
-        found = _WORD.match(self._rest())
+        self._next()
+        found = _WORD.match(self._text, self._at)
         return found is not None and found[0] == word
 
     def _take_word(self, word: str) -> bool:
@@ -130,7 +140,7 @@ class _Parser:
         return found
 
     def _match(self, pattern: re.Pattern[str], what: str) -> re.Match[str]:
-        self._rest()
+        self._next()
         found = pattern.match(self._text, self._at)
         if found is None:
             raise self._wrong(what)
@@ -138,7 +148,8 @@ class _Parser:
         return found
 
     def _wrong(self, wanted: str) -> BadRequest:
-        near = self._rest()[:20]
+        self._next()
+        near = self._text[self._at : self._at + 20]
         return BadRequest(
             f"The filter cannot be read at {f'«{near}»' if near else 'its end'}: {wanted} is needed there.",
             hint='Write name:"x" AND project:y, or JSON, filter={"name": "x"}, or brackets, filter[name]=x.',

@@ -28,7 +28,7 @@ from nimhost.api.access import (
 )
 from nimhost.config import Server, Settings
 from nimhost.errors import BadRequest, ConfigError, Forbidden, Unauthorized
-from nimhost.tokens import SCOPES, hash_entry, parse_entries, remember, spell
+from nimhost.tokens import SCOPES, Scope, hash_entry, parse_entries, remember, spell
 from tests.api.conftest import FILESETS, MODELS, SECRETS, World, open_world
 from tests.support import eventually
 
@@ -256,7 +256,7 @@ def test_the_environment_may_spell_a_token_and_the_settings_have_its_hash(monkey
     ],
 )  # fmt: skip
 async def test_a_scope_opens_what_it_is_for_and_nothing_else(
-    tmp_path: Path, scope: str | None, method: str, path: str, status: int
+    tmp_path: Path, scope: Scope | None, method: str, path: str, status: int
 ) -> None:
     async with open_exposed(tmp_path) as world:
         await world("POST", SECRETS, {"name": "ss", "value": "the value"}, headers=bearer(TEXT["admin"]))

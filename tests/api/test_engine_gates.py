@@ -14,10 +14,9 @@ from tests.api.test_access import ENTRIES, TEXT, bearer
 CONFIGS, ENTITIES = f"{MODELS}/deployment-configs", f"{MODELS}/models"
 
 
-def config(engine: str = "vllm", model: str = "default/mm", **executor: Any) -> dict[str, Any]:
-    return {
-        "name": "cfg", "engine": engine, "model_spec": {"model_name": model}, "executor_config": {"gpu": 1, **executor}
-    }  # fmt: skip
+def config(engine: str = "vllm", /, **executor: Any) -> dict[str, Any]:
+    spec = {"model_name": "default/mm"}
+    return {"name": "cfg", "engine": engine, "model_spec": spec, "executor_config": {"gpu": 1, **executor}}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -68,6 +69,14 @@ def test_what_cannot_be_read_is_refused(text: str) -> None:
 )
 async def test_a_filter_that_asks_too_much_is_400(world: World, filter: str) -> None:
     assert (await world("GET", LIST, params={"filter": filter})).status_code == 400
+
+
+@pytest.mark.parametrize("text", ["name:b " * 9000, f"name IN [{'b,' * 30_000}b]", "name:b OR " * 6000 + "name:b"])
+def test_a_filter_that_is_too_long_is_not_read_to_its_end(text: str) -> None:
+    begin = time.thread_time()
+    with pytest.raises(BadRequest, match="more than 200"):
+        parse_filter([("filter", text)], KINDS["models"])
+    assert time.thread_time() - begin < 0.02  # requests wait meanwhile
 
 
 def test_what_the_daemon_keeps_to_itself_cannot_be_asked_for() -> None:

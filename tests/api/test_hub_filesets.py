@@ -57,7 +57,7 @@ async def test_a_revision_becomes_the_commit_it_stands_for(world: World, hub: Fa
     ],
 )
 async def test_what_can_never_be_fetched_is_refused_in_the_words_of_the_reference(
-    world: World, hub: FakeHub, storage: dict[str, str], repo: dict[str, bool], detail: str
+    world: World, hub: FakeHub, storage: dict[str, str], repo: dict[str, Any], detail: str
 ) -> None:
     hub.add("org/tiny", FILES, **repo)
     await world.make(SECRETS, name="bad", value="hf_wrong")

@@ -90,7 +90,13 @@ async def test_what_is_not_there_is_404_in_the_words_of_the_reference(world: Wor
 async def test_an_unknown_workspace_refuses_the_write(world: World) -> None:
     reply = await world("POST", "/apis/models/v2/workspaces/nows/models", {"name": "m1"})
     assert reply.status_code == 422
-    assert reply.json()["detail"] == "Workspace 'nows' does not exist. Please create the workspace first."
+    assert reply.json() == {
+        "detail": "Workspace 'nows' does not exist. Please create the workspace first.",
+        "hint": "nimhost workspaces create nows",
+    }
+    for path in ("-", "no name"):  # of all of them, and of none that there could be
+        reply = await world("POST", f"/apis/models/v2/workspaces/{path}/models", {"name": "m1"})
+        assert (reply.status_code, "hint" in reply.json()) == (422, False)
 
 
 async def test_of_many_creates_of_one_name_exactly_one_wins(world: World) -> None:

@@ -199,3 +199,55 @@ def test_requests_fit_into_a_terminal(terminal: Open, nimhost: Run, wire: FakeWi
 def test_columns_that_tell_least_go_first(room: int, left_out: tuple[str, ...]) -> None:
     widths = [8] * len(HEADERS)
     assert [HEADERS[at] for at in fitting(widths, room)] == [name for name in HEADERS if name not in left_out]
+
+
+@pytest.mark.parametrize(
+    ("asked", "lines"),
+    [
+        (["-c", "name,executor_config.gpu"], ["NAME", "EXECUTOR_CONFIG.GPU", "q1", "2", "q2", "-"]),
+        (["--output-columns", "all"], ["NAME", "WORKSPACE", "CREATED_AT", "UPDATED_AT", "ENGINE", "EXECUTOR_CONFIG"]),
+        (["-c", "default"], ["NAME", "ENGINE", "GPUS", "AGE", "q1"]),
+    ],
+)
+def test_a_table_has_the_columns_that_are_asked_for(
+    nimhost: Run, wire: FakeWire, asked: list[str], lines: list[str]
+) -> None:
+    wire.put("deployment-configs", "q1", engine="nim", executor_config={"gpu": 2})
+    wire.put("deployment-configs", "q2", engine="nim", executor_config={})
+    done = nimhost("inference", "deployment-configs", "list", "-f", "table", *asked)
+    assert done.stdout.split()[: len(lines)] == lines
+    assert json.loads(nimhost("inference", "deployment-configs", "list", *asked).stdout)["data"][0]["engine"] == "nim"
+
+
+def test_a_table_is_cut_at_the_edge_of_a_terminal_unless_it_is_wanted_whole(terminal: Open, wire: FakeWire) -> None:
+    wire.put("models", "q1", description="文" * 200)
+    for flag, count in (([], 36), (["--no-truncate"], 200)):
+        for words in (("models", "list", *flag), (*flag, "models", "list")):  # the reference has it in both places
+            shown = terminal(*words, "-c", "name,description", columns=80)
+            assert shown.exit_code() == 0
+            assert shown.text.count("文") == count
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("1", False), ("", True)])
+def test_no_colour_is_none_where_none_is_wanted(
+    terminal: Open, wire: FakeWire, monkeypatch: pytest.MonkeyPatch, no_color: str, coloured: bool
+) -> None:
+    """https://no-color.org"""
+    monkeypatch.setenv("NO_COLOR", no_color)
+    wire.ready("q1", "default/q1")
+    for words, said in ((("ps",), "READY"), (("models", "get", "nope"), "Error:"), (("wait", "q1"), "is READY")):
+        shown = terminal(*words)
+        shown.see(said)
+        shown.exit_code()
+        assert ("\x1b[3" in shown.raw) is coloured, shown.raw
+
+
+def test_a_row_takes_two_lines_of_a_narrow_terminal_at_most(terminal: Open, wire: FakeWire) -> None:
+    name = "meta-llama-3-2-1b-instruct"
+    wire.ready(name, f"default/{name}")
+    wire.rows["deployments", "default", name]["status_message"] = "waiting for this and that " * 20
+    shown = terminal("ps", columns=80)
+    assert shown.exit_code() == 0
+    (row,) = [line for line in shown.text.splitlines() if "waiting" in line]
+    assert len(row) == 160
+    assert row.endswith("…")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -309,6 +310,34 @@ def test_every_example_of_a_resource_gets_as_far_as_the_daemon(
         here = {"key.txt": __file__, "./my-lora/": f"{Path(__file__).parent}/"}
         words = [here.get(word, word) for word in shlex.split(line)[1:]]
         assert nimhost(*words).stderr == "Error: reached\n"
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+GROUPS = sorted({tuple(kind.cli.split()[:n]) for kind in KINDS.values() for n in (1, 2)})
+POINTED_TO = [command.split() for command in re.findall(r"`nimhost ([a-z ]+) --help`", README)]
+
+
+@pytest.mark.parametrize("path", POINTED_TO, ids=" ".join)
+def test_where_the_readme_points_to_there_are_examples(nimhost: Run, path: list[str]) -> None:
+    assert "Example" in nimhost(*path, "--help").stdout
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=" ".join)
+def test_every_example_of_a_group_gets_as_far_as_the_daemon(
+    nimhost: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: tuple[str, ...]
+) -> None:
+    def reached(*_: object, **__: object) -> None:
+        raise NotReady("reached")
+
+    shown = nimhost(*path, "--help").stdout.replace("\\\n", "")
+    monkeypatch.setattr("nimhost.client.Client", reached, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for directory in re.findall(r"\./[a-z-]+/", shown):
+        Path(directory).mkdir()
+        Path(directory, "file").touch()
+    lines = [line.strip() for line in shown.partition("Example")[2].splitlines() if line.startswith("    nimhost ")]
+    for line in lines:
+        assert nimhost(*shlex.split(line)[1:], stdin="key").stderr == "Error: reached\n", line
 
 
 def test_json_that_is_none_is_shown_as_it_came(nimhost: Run, wire: FakeWire) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from nimhost.cli.output import age, clean, print_table, to_yaml
+from nimhost.cli.output import age, clean, print_table
+from nimhost.cli.structures import to_yaml
 
 NOW = datetime(2026, 1, 2, 12, 0, tzinfo=UTC)
 
@@ -77,3 +78,8 @@ def test_what_steers_a_terminal_is_left_out(text: str, cleaned: str) -> None:
 def test_a_table_that_is_piped_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("NAME", "MESSAGE"), [("a", "x" * 300), ("longer", "two\nlines")])
     assert capsys.readouterr().out == f"NAME    MESSAGE\na       {'x' * 300}\nlonger  two lines\n"
+
+
+def test_columns_stand_below_each_other_where_characters_are_wide(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("PATH", "SIZE"), [("日本語.txt", "1"), ("größe😀", "22"), ("plain.txt", "333")])
+    assert capsys.readouterr().out == "PATH        SIZE\n日本語.txt  1\ngröße😀     22\nplain.txt   333\n"

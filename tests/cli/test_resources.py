@@ -78,7 +78,8 @@ def options(*path: str) -> set[str]:
 def test_every_kind_has_its_commands(kind: Any) -> None:
     for verb in ("create", "get", "list", "update", "delete"):
         command(*kind.cli.split(), verb)
-    assert {"--page", "--page-size", "--all-pages", "-f", "--workspace"} <= options(*kind.cli.split(), "list")
+    listing = {"--page", "--page-size", "--all-pages", "-f", "-c", "--output-columns", "--no-truncate", "--workspace"}
+    assert listing <= options(*kind.cli.split(), "list")
     assert {"--input-file", "--input-data", "--exist-ok", "--name"} <= options(*kind.cli.split(), "create")
 
 
@@ -150,9 +151,23 @@ def test_what_is_missing_is_named_before_anything_is_sent(here: Run) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--model-spec", "--executor-config", "--input-data"])
-def test_json_that_is_none_is_refused_with_the_flag(here: Run, flag: str) -> None:
-    refused = here("inference", "deployment-configs", "create", "c1", flag, "{gpu: 1", code=2)
-    assert f"Invalid value for '{flag}': this is not JSON" in refused.stderr
+@pytest.mark.parametrize("text", ["{gpu: 1", "gpu", "a: b: c", '{"gpu": NaN}', "gpu: .nan", "? [1]\n: 2", "!!python/x"])
+def test_a_structure_that_is_none_is_refused_with_the_flag(here: Run, flag: str, text: str) -> None:
+    refused = here("inference", "deployment-configs", "create", "c1", flag, text, code=2)
+    assert f"Invalid value for '{flag}': this is neither JSON nor YAML" in refused.stderr
+
+
+def test_structures_may_be_written_as_yaml(here: Run, tmp_path: Path) -> None:
+    """As the reference takes them."""
+    file = tmp_path / "config.yaml"
+    file.write_text("engine: nim  # or vllm\nmodel_spec: {}\nexecutor_config:\n  gpu: 1\n  additional_args: [a, '1']\n")
+    made = data(here("inference", "deployment-configs", "create", "c1", "--input-file", str(file)))
+    assert (made["engine"], made["executor_config"]["additional_args"]) == ("nim", ["a", "1"])
+    fields = ("--engine", "vllm", "--model-spec", "model_name: qwen", "--executor-config", "{gpu: 2}")
+    made = data(here("inference", "deployment-configs", "create", "c2", *fields))
+    assert (made["model_spec"]["model_name"], made["executor_config"]["gpu"]) == ("qwen", 2)
+    made = data(here("models", "create", "m1", "--custom-fields", "{since: 2026-01-02, 1: one}"))
+    assert made["custom_fields"] == {"since": "2026-01-02", "1": "one"}
 
 
 def test_flags_win_over_input_data_and_that_over_an_input_file(here: Run, tmp_path: Path) -> None:
@@ -162,7 +177,7 @@ def test_flags_win_over_input_data_and_that_over_an_input_file(here: Run, tmp_pa
     made = data(here("models", "create", "m1", *inputs, "--base-model", "flag"))
     assert (made["description"], made["project"], made["base_model"]) == ("file", "data", "flag")
     assert data(here("models", "create", "m2", "--input-file", "-", stdin='{"project": "p"}'))["project"] == "p"
-    assert "not a JSON object" in here("models", "create", "m3", "--input-data", "[]", code=2).stderr
+    assert "not an object" in here("models", "create", "m3", "--input-data", "[]", code=2).stderr
     assert "--input-file" in here("models", "create", "m3", "--input-file", "-", code=2, stdin="{").stderr
     assert "Cannot read" in here("models", "create", "m3", "--input-file", str(tmp_path / "no"), code=2).stderr
 

@@ -128,7 +128,7 @@ def test_serve_hands_its_flags_to_the_daemon(nimhost: Run, monkeypatch: pytest.M
             asked.append((config_file, overrides))
             return 3
 
-    monkeypatch.setitem(sys.modules, "nimhost.daemon", Daemon)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "nimhost.daemon", Daemon)
     assert nimhost("serve", "--port", "9000", "--config", "x.toml").exit_code == 3
     assert asked == [("x.toml", {"server.host": None, "server.port": 9000, "server.data_dir": None})]
 

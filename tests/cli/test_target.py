@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -74,8 +75,8 @@ def test_a_directory_without_a_usable_name_asks_for_one() -> None:
     assert "--name" in (caught.value.hint or "")
 
 
-def bodies(target: Target, **options: object) -> dict[str, dict[str, object]]:
-    wanted = entities_for(target, Options(name="n1", workspace="w1", **options))  # type: ignore[arg-type]
+def bodies(target: Target, **options: Any) -> dict[str, dict[str, Any]]:
+    wanted = entities_for(target, Options(name="n1", workspace="w1", **options))
     return {want.resource: want.body() for want in wanted}
 
 
@@ -112,8 +113,8 @@ def test_an_image_brings_its_model() -> None:
     assert list(made) == ["deployment_configs", "deployments"]
     config = made["deployment_configs"]
     assert (config["engine"], config["model_spec"]) == ("nim", {"model_name": "meta/llama-3.2-1b-instruct"})
-    assert config["executor_config"]["image_name"] == LLAMA  # type: ignore[index]
-    assert config["executor_config"]["image_tag"] == "1.8.6"  # type: ignore[index]
+    assert config["executor_config"]["image_name"] == LLAMA
+    assert config["executor_config"]["image_tag"] == "1.8.6"
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wire.asked.append(asked)
         self.close_connection = True
         try:
-            for (verb, ending), refusal in self.wire.refuse.items():
+            for (verb, ending), refused in self.wire.refuse.items():
                 if verb == method and asked.path.endswith(ending):
-                    raise refusal
+                    raise refused
             if refusal := self.wire.refuse_if(asked):
                 raise refusal
             self._route(asked)
@@ -152,8 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "NotFound", "Not Found")
         _, _, _, _, workspace, kind, *rest = parts
         name, action = [*rest, "", ""][:2]
-        row = self.wire.rows.get((kind, workspace, name))
-        if name and row is None:
+        row = self.wire.rows.get((kind, workspace, name), {})
+        if name and not row:
             raise Refusal(404, "NotFound", f"{KINDS[kind].label} '{workspace}/{name}' not found")
         if action == "versions":
             old = self.wire.versions.get((kind, workspace, name, int(rest[2])))
@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(200, row)
         return self._crud(asked, kind, workspace, name, row)
 
-    def _crud(self, asked: Asked, kind: str, workspace: str, name: str, row: Any) -> None:
+    def _crud(self, asked: Asked, kind: str, workspace: str, name: str, row: Json) -> None:
         if asked.method == "GET" and name:
             return self._json(200, row)
         if asked.method == "GET":

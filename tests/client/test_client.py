@@ -74,9 +74,14 @@ def test_secret_value_may_be_called_data(wire: FakeWire) -> None:
 
 
 def test_names_cannot_leave_their_place_in_the_path(wire: FakeWire) -> None:
-    with Client() as client, pytest.raises(nimhost.NimhostError):
-        client.models.get("a/b/../../c")
-    assert wire.asked[-1].raw_path.endswith("/workspaces/a/models/b%2F..%2F..%2Fc")
+    with Client() as client:
+        for name in ("a/b/../../c", "", "a/", "/a"):
+            with pytest.raises(nimhost.BadRequest, match="names no model"):
+                client.models.delete(name)
+        assert wire.asked == []
+        with pytest.raises(nimhost.NimhostError):
+            client.filesets.delete_file("a/b1", "../../c")
+    assert wire.asked[-1].raw_path.endswith("/workspaces/a/filesets/b1/-/..%2F..%2Fc")
 
 
 @pytest.mark.parametrize("cls", [c for c in errors.all_errors().values() if c.__module__ == "nimhost.errors"])

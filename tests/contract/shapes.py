@@ -55,13 +55,10 @@ def _in_lists(expected: list[Shape], found: list[Shape], at: str) -> list[str]:
     """Every shape of an item is compared with the one of the other side that is most like it."""
     if not expected or not found:
         return [] if expected == found else [f"{at}: {'items' if found else 'no items'}"]
-    lines: list[str] = []
-    for item in found:
-        lines += min((differences(other, item, at) for other in expected), key=len)
-    for item in expected:
-        if item not in found:
-            lines += min((differences(item, other, at) for other in found), key=len)
-    return list(dict.fromkeys(lines))
+    nearest = [min((differences(other, item, at) for other in expected), key=len) for item in found]
+    missed = [item for item in expected if item not in found]
+    nearest += [min((differences(item, other, at) for other in found), key=len) for item in missed]
+    return list(dict.fromkeys(line for lines in nearest for line in lines))
 
 
 def _kind(shape: Shape) -> str:

@@ -62,6 +62,19 @@ async def test_every_route_that_is_served_is_described_and_no_other(tmp_path: Pa
     assert served - described == set()
 
 
+def test_what_lists_are_asked_beside_the_page_is_described() -> None:
+    asked = {
+        operation["tags"][0]: {parameter["name"] for parameter in operation["parameters"]}
+        for (method, path), operation in operations(gateway=False).items()
+        if method == "GET" and path in [kind.path("{workspace}") for kind in KINDS.values()]
+    }
+    more = {key: names - {"page", "page_size", "sort", "filter"} for key, names in asked.items()}
+    assert {key: names for key, names in more.items() if names} == {
+        "models": {"verbose"}, "deployments": {"all_versions"}, "deployment-configs": {"all_versions"},
+        "virtual-models": {"exclude_autoprovisioned"},
+    }  # fmt: skip
+
+
 def test_it_is_valid_openapi_and_every_operation_has_its_own_id() -> None:
     schemathesis.openapi.from_dict(document()).validate()
     ids = [operation["operationId"] for gateway in (True, False) for operation in operations(gateway).values()]

@@ -117,7 +117,7 @@ def test_a_daemon_with_many_starts_soon_and_stays_small(tmp_path: Path) -> None:
         try:
             last = f"default/model-{count - 1:05}"
             # 404 either way: but a model that the routes know is told apart from one that nobody knows
-            wait_until(lambda d=daemon, m=last: "No providers found" in _asked(d, m), 30)  # type: ignore[misc]
+            wait_until(lambda d=daemon, m=last: "No providers found" in _asked(d, m), 30)
             assert daemon.process is not None
             status = Path(f"/proc/{daemon.process.pid}/status").read_text()
             held_mb[name] = int(status.partition("VmRSS:")[2].split()[0]) // 1024
@@ -182,7 +182,7 @@ async def test_changes_do_not_hold_up_the_loop_when_there_are_many(tmp_path: Pat
                 reply = await world.http.post(MODELS, json={"name": f"new-{number}-{part}"})
                 assert reply.status_code == 201
             ref = Ref("default", f"new-{number}-9")
-            await eventually(lambda ref=ref: ref in world.daemon.gateway.table.known, 30)  # type: ignore[misc]
+            await eventually(lambda ref=ref: ref in world.daemon.gateway.table.known, 30)
             watch.stop()
             longest_s.append(watch.longest_cpu_s)
     print(f"\nmost CPU time at once: {[round(s * 1000, 1) for s in longest_s]} ms")
