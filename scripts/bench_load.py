@@ -19,11 +19,13 @@ from bench_upstream import REPLY_BODY, frames
 class Client(asyncio.Protocol):
     """One connection that asks again as soon as it has its answer."""
 
+    transport: asyncio.Transport
+
     def __init__(self, load: Load) -> None:
         self.load = load
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = transport  # type: ignore[assignment]  # uvloop's is none by inheritance
         self.ask()
 
     def ask(self) -> None:
@@ -68,7 +70,8 @@ class Client(asyncio.Protocol):
 
 class Load:
     def __init__(self, order: dict[str, Any]) -> None:
-        self.left, self.open, self.order = order["requests"], order["connections"], order
+        self.left: int = order["requests"]
+        self.open, self.order = order["connections"], order
         self.chunks = order["chunks"]
         self.whole_s: list[float] = []
         self.first_s: list[float] = []

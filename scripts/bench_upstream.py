@@ -46,12 +46,14 @@ def chunks_of(count: int) -> list[bytes]:
 
 
 class Engine(asyncio.Protocol):
+    transport: asyncio.Transport
+
     def __init__(self) -> None:
         self.received = b""
         self.chunks: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = transport  # type: ignore[assignment]  # uvloop's is none by inheritance
 
     def data_received(self, data: bytes) -> None:
         self.received += data

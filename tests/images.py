@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import docker
 from docker.errors import APIError, ImageNotFound
@@ -235,7 +235,7 @@ def _install_vllm(target: Path, wheels: tuple[str, ...]) -> None:
 # The root file system
 
 
-def _write_root(out: io.BufferedWriter, recipe: Recipe, site: Path | None) -> None:
+def _write_root(out: BinaryIO, recipe: Recipe, site: Path | None) -> None:
     python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     library = Path(sysconfig.get_path("stdlib"))
     tools = {f"/bin/{tool}": Path(found) for tool in recipe.tools if (found := shutil.which(tool))}
@@ -324,7 +324,7 @@ class _Root:
         at: str,
         kind: bytes,
         mode: int,
-        content: io.IOBase | None = None,
+        content: BinaryIO | None = None,
         size: int = 0,
         mtime: float = 0,
         to: str = "",
@@ -332,11 +332,11 @@ class _Root:
         entry = tarfile.TarInfo(at.lstrip("/"))
         entry.type, entry.mode, entry.size, entry.linkname = kind, mode, size, to
         entry.mtime = int(mtime)  # of the source: compiled modules are checked against it
-        self._tar.addfile(entry, content)  # type: ignore[arg-type]
+        self._tar.addfile(entry, content)
 
 
 @contextlib.contextmanager
-def _streamed(write: Callable[[io.BufferedWriter], None]) -> Iterator[Iterator[bytes]]:
+def _streamed(write: Callable[[BinaryIO], None]) -> Iterator[Iterator[bytes]]:
     """What `write` writes, as chunks to read at the same time: gigabytes that never lie in memory or on disk."""
     receiving, sending = os.pipe()
     failures: list[BaseException] = []

@@ -77,13 +77,13 @@ def split(tp: int, pp: int) -> dict[str, str]:
     return {"NIM_TENSOR_PARALLEL_SIZE": str(tp), "NIM_PIPELINE_PARALLEL_SIZE": str(pp)}
 
 
-TOOL = {
+TOOL: Json = {
     "model": "llama-3-2-1b-tool",
     "repo": "meta-llama/Llama-3.2-1B-Instruct",
     "tool_calling": {"chat_template": TEMPLATE, "tool_call_parser": "llama3_json", "auto_tool_choice": True},
 }
-QWEN_14B = {"model": "qwen-2-5-14b", "repo": "Qwen/Qwen2.5-14B-Instruct"}
-QWEN_3 = {"model": "qwen3-1-7b", "repo": "Qwen/Qwen3-1.7B"}
+QWEN_14B: Json = {"model": "qwen-2-5-14b", "repo": "Qwen/Qwen2.5-14B-Instruct"}
+QWEN_3: Json = {"model": "qwen3-1-7b", "repo": "Qwen/Qwen3-1.7B"}
 
 CASES = [
     Case(

@@ -6,20 +6,24 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 PAUSE_S = 0.01
 
 
-async def eventually(fn: Callable[[], T | Awaitable[T]], timeout_s: float = 5.0) -> T:
+@overload
+async def eventually(fn: Callable[..., Awaitable[T | None]], timeout_s: float = 5.0) -> T: ...
+@overload
+async def eventually(fn: Callable[..., T | None], timeout_s: float = 5.0) -> T: ...
+async def eventually(fn: Callable[..., Any], timeout_s: float = 5.0) -> Any:
     """The first true value of `fn` (plain or async). An assertion that fails in it means "not yet", and is shown."""
     deadline = time.monotonic() + timeout_s
     while True:
         reason: AssertionError | None = None
         try:
             found = fn()
-            value: T = await found if inspect.isawaitable(found) else found  # type: ignore[assignment]
+            value = await found if inspect.isawaitable(found) else found
             if value:
                 return value
         except AssertionError as error:
@@ -29,7 +33,7 @@ async def eventually(fn: Callable[[], T | Awaitable[T]], timeout_s: float = 5.0)
         await asyncio.sleep(PAUSE_S)
 
 
-def wait_until(fn: Callable[[], T], timeout_s: float = 5.0) -> T:
+def wait_until(fn: Callable[..., T | None], timeout_s: float = 5.0) -> T:
     """The same without a loop."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -52,7 +52,7 @@ def test_a_model_is_never_unknown_while_its_daemon_is_killed_and_starts_again(
             seen = statuses[200]
             daemon.kill()
             daemon.start()
-            wait_until(lambda n=seen: statuses[200] > n + 5, 20)  # type: ignore[misc]
+            wait_until(lambda n=seen: statuses[200] > n + 5, 20)
     assert set(statuses) <= {200, 503}, "503: it was asked before the first look"
 
 
