@@ -28,6 +28,8 @@ class Failure(Struct, frozen=True, kw_only=True):
     final: bool
     full_at: float = 0.0
     """When a disk was full, if that is what it was: Unix time in seconds."""
+    fetching: bool = False
+    """It was image or weights that did not come: over once they are here."""
 
 
 class Run(Struct, frozen=True, kw_only=True):
@@ -62,7 +64,8 @@ class Run(Struct, frozen=True, kw_only=True):
     pulling: bool = False
     """The pull of its image has begun: whatever speaks against it was looked at before, the room that it takes too."""
     container: str | None = None
-    """The container that was last seen to run, until nimhost removes it: where it is missing, somebody else did."""
+    """The container that was last seen to run, until nimhost removes it or counts its end: where it is missing,
+    somebody else removed it."""
     exited_container: str | None = None
     """The container whose exit is already counted in `attempts`."""
     waiting_since: float = 0.0

@@ -89,7 +89,7 @@ def _exited(s: Situation) -> Verdict | None:  # 7
 def _vanished(s: Situation) -> Verdict | None:
     """Gone between two looks: by `docker rm -f`, say."""
     missed = s.run.container
-    if missed is None or missed == s.run.exited_container or s.current:
+    if missed is None or s.current:
         return None
     what = f"Container {missed[:12]} is gone: it was removed, and not by nimhost."
     run = after_exit(

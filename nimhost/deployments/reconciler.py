@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from msgspec.structs import replace
@@ -24,7 +24,7 @@ from nimhost.deployments.observe import Observer
 from nimhost.deployments.observed import Observed
 from nimhost.deployments.plan import orphans, plan
 from nimhost.deployments.publish import forget, publish
-from nimhost.deployments.retry import Limits, after_error
+from nimhost.deployments.retry import Limits, after_error, after_fetching
 from nimhost.deployments.situation import Verdict, hindered
 from nimhost.engines.order import HostFacts
 from nimhost.entities import Deployment, DeploymentConfig, DeploymentStatus, Entity
@@ -139,7 +139,7 @@ class Reconciler:
             await self._remember_unowned()
             now_s = time.time()
             planned = plan(desired, observed, in_flight, now_s, self._limits)
-            verdicts = tuple(hindered(v, self._hindered.get(v.desired.entity.id)) for v in planned)
+            verdicts = tuple(hindered(v, self._hindrance(v, in_flight)) for v in planned)
             await self._on_tick(verdicts, observed)  # routes first: who reads READY finds the way open
             self._unstored = None
             current = [v for v in verdicts if await self._record(v)]
@@ -152,6 +152,13 @@ class Reconciler:
         times = [v.wake_at for v in verdicts if v.wake_at is not None] + list(self._not_before.values())
         longest_s = RESYNC_S if observed.docker_problem is None else RECONNECT_S[1]
         return max(0.05, min([longest_s, *(at - now_s for at in times if at > now_s)]))
+
+    def _hindrance(self, v: Verdict, in_flight: Mapping[str, Action]) -> str | None:
+        """Why what is to be done fails; nothing where nothing is to be done any more, whoever did it."""
+        key = v.desired.entity.id
+        if v.action is None and key not in in_flight:
+            self._hindered.pop(key, None)
+        return self._hindered.get(key)
 
     async def _look(self, desired: tuple[Desired, ...]) -> Observed:
         """Docker that did not answer is left alone for a moment, unless it is heard of: others wake the loop, too."""
@@ -308,17 +315,10 @@ class Reconciler:
             return epoch
 
     async def _prepared(self, d: Desired, action: Prepare) -> None:
-        """What failed until now is over: it is not held against the engine. An image that had to be fetched again may
-        be another one: what the wish became is decided again."""
         async with self._recording:
             entity = await self._current(d)
             part = entity.status.run.part(d.hash) if entity else None
-            if entity is None or part is None:
-                return
-            after = replace(part, attempts=0, failure=None, retry_at=0.0)
-            if action.image:
-                after = replace(after, image_id=None, resolved=None)
-            if after != part:
+            if entity is not None and part is not None and (after := after_fetching(part, action.image)) != part:
                 run = entity.status.run.with_part(after)
                 await self._store.set_status(entity, replace(entity.status, run=run))
 
@@ -336,7 +336,8 @@ class Reconciler:
             part = entity.status.run.part(action.hash) if entity else None
             if entity is None or part is None:
                 return
-            run = entity.status.run.with_part(after_error(part, error, time.time(), self._limits))
+            fetching = isinstance(action, Prepare)
+            run = entity.status.run.with_part(after_error(part, error, time.time(), self._limits, fetching))
             await self._store.set_status(entity, replace(entity.status, run=run))
 
     async def _current(self, d: Desired) -> Entity | None:

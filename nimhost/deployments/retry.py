@@ -29,17 +29,29 @@ class Limits(Struct, frozen=True, kw_only=True):
     drain_timeout_s: float
 
 
-def after_error(run: Run, error: NimhostError, now: float, limits: Limits) -> Run:
+def after_error(run: Run, error: NimhostError, now: float, limits: Limits, fetching: bool = False) -> Run:
     """An effect failed: final when trying again cannot help, else again after a backoff, a limited number of times.
 
-    A full disk is waited for without a limit: somebody will make room. Until then nothing is pulled to fill it again.
+    `fetching`: it was to bring image and weights. A full disk is waited for without a limit: somebody will make room.
+    Until then nothing is pulled to fill it again.
     """
     if isinstance(error, DiskFull):
-        return _paused(run, error.in_full, now, limits)  # in one line, as all that is waited for
-    message = error.message if error.hint is None else f"{error.message}\n{error.hint}"
-    attempts = run.attempts + 1
-    final = error.final or attempts >= limits.restart_limit
-    return _failed(run, message, final, attempts, now, limits, getattr(error, "retry_after_s", None))
+        run = _paused(run, error.in_full, now, limits)  # in one line, as all that is waited for
+    else:
+        message = error.message if error.hint is None else f"{error.message}\n{error.hint}"
+        attempts = run.attempts + 1
+        final = error.final or attempts >= limits.restart_limit
+        run = _failed(run, message, final, attempts, now, limits, getattr(error, "retry_after_s", None))
+    assert run.failure is not None
+    return replace(run, failure=replace(run.failure, fetching=fetching))
+
+
+def after_fetching(run: Run, image: bool) -> Run:
+    """All is here. What did not come until now is not held against the engine. `image`: that had to be fetched, and may
+    be another one under the same name: what the wish became is decided again."""
+    if run.failure is not None and run.failure.fetching:
+        run = replace(run, attempts=0, failure=None, retry_at=0.0)
+    return replace(run, image_id=None, resolved=None) if image else run
 
 
 def _paused(run: Run, message: str, now: float, limits: Limits) -> Run:
@@ -76,7 +88,7 @@ def after_exit(
     message = f"{what} {cause}" if cause else what
     if lines := salient(log_tail):
         message = f"{message}\n\nLast log lines:\n{lines}"
-    run = replace(run, exited_container=container)
+    run = replace(run, exited_container=container, container=None)
     return _failed(run, message, final or attempts >= limit, attempts, now, limits)
 
 

@@ -218,7 +218,7 @@ async def test_who_looks_at_an_engine_that_loads_sees_the_last_probe(tmp_path: P
             found = await world.deployment("one")
             assert found is not None
             page = (await world.http.get(f"{MODELS}/deployments")).json()["data"]
-            engines = [shown["progress"]["engine"] for shown in (found, page[0])]
+            engines = [(shown["progress"] or {}).get("engine") for shown in (found, page[0])]
             return all(engine and engine["message"] == "/health answers 503" for engine in engines)
 
         await world.wait("one", "PENDING")

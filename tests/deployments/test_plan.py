@@ -180,8 +180,19 @@ def test_a_container_that_somebody_removed_is_a_crash_that_is_told(health: str, 
     d = again(d, first)
     assert decide(d, machine()).run.attempts == 1  # counted once
     assert isinstance(decide(d, machine(), now=NOW + 3).action, Start)
-    often = again(d, replace(first, run=replace(d.run, attempts=limit - 1, exited_container=None)))
+    often = again(d, replace(first, run=replace(d.run, attempts=limit - 1, container="container-d")))
     assert decide(often, machine(), now=NOW + 3).status == "ERROR"
+
+
+@pytest.mark.fault(4)
+def test_a_container_that_was_missed_once_is_not_missed_again_when_the_next_one_ends_at_once() -> None:
+    missed = decide(again(wanted(), decide(wanted(), machine(instance()))), machine())
+    ended = instance(id="next", state="exited", exit_code=1)
+    crashed = decide(again(wanted(), missed), machine(ended), now=NOW + 3)
+    assert (crashed.run.attempts, crashed.action) == (2, Remove(("next",), at_once=True))
+    after = decide(again(wanted(), crashed), machine(), now=NOW + 60)
+    assert isinstance(after.action, Start)
+    assert after.run.attempts == 2
 
 
 @pytest.mark.parametrize(

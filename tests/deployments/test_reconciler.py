@@ -109,6 +109,23 @@ async def test_what_failed_to_be_fetched_does_not_count_once_it_is_here(world: W
     await world.wait("one", "READY")
 
 
+@pytest.mark.fault(22)
+async def test_a_start_that_fails_after_every_pull_comes_to_an_end(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever removes the image each time."""
+    world.docker.registry["slow:1"] = world.docker.images[IMAGE]
+
+    async def failing(_: object) -> str:
+        world.docker.images.clear()
+        raise DockerError("Docker: no such device")
+
+    monkeypatch.setattr(world.docker, "_create", failing)
+    await world.deploy("one", "slow:1")
+    await world.wait("one", "ERROR", "no such device")
+    assert world.docker.calls.count("pull") == world.settings.deployments.restart_limit
+
+
 @pytest.mark.fault(17)
 async def test_a_full_disk_pauses_and_goes_on(world: World) -> None:
     world.docker.pull_error = DiskFull("No space left in /var/lib/docker.")
@@ -160,6 +177,29 @@ async def test_a_container_that_docker_does_not_remove_is_told_and_tried_again(
         await world.delete("one")
         await world.wait("one", "DELETING", said)
     await world.gone("one")
+
+
+@pytest.mark.fault(4)
+async def test_a_container_that_docker_did_not_remove_and_somebody_else_did_is_not_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nimhost.deployments.reconciler.AFTER_ERROR_S", 0.05)
+    await world.deploy("one")
+    await world.wait("one", "READY")
+    (container,) = world.docker.containers
+
+    async def refusing(container_id: str) -> None:
+        raise DockerError("Docker: cannot remove container: permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.docker, "remove", refusing)
+        await world.http.post(f"{MODELS}/deployments/one/stop")
+        await world.wait("one", "PENDING", "It is tried again: Docker: cannot remove container")
+        await world.docker._remove(container)
+        await world.wait("one", "PENDING", "Stopped. Start it with: nimhost start one")
+    await quiet(world)
+    stopped = await world.wait("one", "PENDING")
+    assert "tried again" not in stopped["status_message"]
 
 
 @pytest.mark.fault(38)

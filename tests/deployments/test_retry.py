@@ -3,8 +3,16 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from nimhost.deployments.retry import BACKOFF_MAX_S, MESSAGE_LIMIT, after_error, after_exit, salient
-from nimhost.errors import DiskFull, HubUnavailable, ImageNotFound, NimhostError, RegistryDenied, WeightsGated
+from nimhost.deployments.retry import BACKOFF_MAX_S, MESSAGE_LIMIT, after_error, after_exit, after_fetching, salient
+from nimhost.errors import (
+    DiskFull,
+    DockerError,
+    HubUnavailable,
+    ImageNotFound,
+    NimhostError,
+    RegistryDenied,
+    WeightsGated,
+)
 from nimhost.runs import Run
 from tests.deployments.make import LIMITS, NOW
 
@@ -100,3 +108,13 @@ def test_messages_fit_what_clients_accept() -> None:
     failure = exited("\n".join("error " + "x" * 500 for _ in range(50))).failure
     assert failure is not None
     assert len(failure.message) <= MESSAGE_LIMIT
+
+
+@pytest.mark.fault(2)
+def test_what_is_here_at_last_clears_what_it_cost_and_no_failure_of_an_engine() -> None:
+    fetched = after_fetching(after_error(Run(), HubUnavailable("down"), NOW, LIMITS, fetching=True), image=False)
+    assert fetched == Run()
+    crashed = exited("boom")
+    assert after_fetching(crashed, image=True) == crashed
+    refused = after_error(Run(), DockerError("no such device"), NOW, LIMITS)
+    assert after_fetching(refused, image=True) == refused
