@@ -70,13 +70,14 @@ ABOUT: dict[str, tuple[str, *tuple[str, ...]]] = {
         f"inference providers create openai {_OPENAI}",
     ),
     "inference deployment-configs": ("What deployments run. A model, its engine, image and GPUs.",),
-    "inference deployments": ("Configs that are to run. With all that it needs one is made by: nimhost deploy",),
+    "inference deployments": ("Configs that are to run. To make one, with all that it needs: nimhost deploy",),
     "inference providers": (
         "Where models can be asked. The engines of deployments, and the services of others. NVIDIA's is there from the "
         "start, and wants a key: nimhost secrets create ngc-api-key --from-file - --workspace system",
         "secrets create openai-api-key --from-file -",
         f"inference providers create openai {_OPENAI}",
         'chat gpt-4 "Hello!" --provider openai',
+        "secrets create anthropic --from-file -",
         "inference providers create anthropic --host-url https://api.anthropic.com --api-key-secret-name anthropic \\\n"
         "    --auth-header-format 'X-Api-Key: {{ auth_secret }}' \\\n"
         """    --default-extra-headers '{"anthropic-version": "2023-06-01"}'""",

@@ -22,20 +22,29 @@ def read_structure(text: str) -> Any:
     except _NoNumber:
         raise
     except ValueError as error:
+        why = str(error)
+    try:
         found = _read_yaml(text)
+    except ValueError as error:
+        # Where it begins as JSON does, what is wrong with it as JSON says more.
+        why = why if text.lstrip().startswith(("{", "[")) else str(error)
+    else:
         if isinstance(found, dict | list):
             return found
-        raise ValueError(f"this is neither JSON nor YAML: {error}") from None
+    raise ValueError(f"this is neither JSON nor YAML: {why}")
 
 
 def _read_yaml(text: str) -> Any:
-    """With times as text and all keys as text, as JSON has it; None for what cannot be read."""
+    """With times as text and all keys as text, as JSON has it. Raises ValueError."""
     import yaml
 
     try:
         return json.loads(json.dumps(yaml.safe_load(text), default=str, allow_nan=False))
-    except (yaml.YAMLError, ValueError, TypeError):
-        return None
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark
+        raise ValueError(f"{error.problem}: line {at.line + 1}, column {at.column + 1}" if at else str(error)) from None
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(str(error)) from None
 
 
 class _NoNumber(ValueError):

@@ -46,10 +46,12 @@ class _Client(Resources):
         self._token = settings.access_token
         super().__init__(settings.workspace)
         try:
+            httpx.URL(self.base_url).host.encode("idna")
+        except (httpx.InvalidURL, ValueError):
+            raise client_settings.not_an_address(self.base_url) from None
+        try:
             self._http = self._http_class(**self._options(), transport=transport)
-        except httpx.InvalidURL as error:
-            raise client_settings.not_an_address(self.base_url) from error
-        except (ValueError, ImportError) as error:
+        except (httpx.InvalidURL, ValueError, ImportError) as error:
             raise ConfigError(
                 f"A proxy of the environment cannot be used: {error}",
                 "See ALL_PROXY, HTTP_PROXY and HTTPS_PROXY, and the same in small letters: http:// and https:// work.",

@@ -115,7 +115,10 @@ def test_what_names_nothing_reaches_nobody(nimhost: Run, wire: FakeWire, args: S
     assert done.stderr.splitlines()[0] == f"Error: {told}"
 
 
-@pytest.mark.parametrize("url", ["http://localhost:abc", "http://[::1", "http://127.0.0.1:99999", "http://a b"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://localhost:abc", "http://[::1", "http://127.0.0.1:99999", "http://a b", "http://a..b", "http://xn--zz--"],
+)
 def test_an_address_that_is_none_is_refused(nimhost: Run, url: str) -> None:
     done = nimhost("--base-url", url, "ps")
     assert (done.exit_code, done.stderr.splitlines()[0]) == (2, f"Error: '{url}' is not the address of a server.")

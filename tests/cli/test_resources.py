@@ -157,6 +157,19 @@ def test_a_structure_that_is_none_is_refused_with_the_flag(here: Run, flag: str,
     assert f"Invalid value for '{flag}': this is neither JSON nor YAML" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("engine: nim\nexecutor_config:\n\tgpu: 1\n", "line 3, column 1"),
+        ("engine: nim\n a: b: c\n", "line 2, column 3"),
+        ('{"engine": "nim",\n "x" 1', "line 2 column 6"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_told_with_its_line(here: Run, text: str, where: str) -> None:
+    refused = here("inference", "deployment-configs", "create", "c1", "--input-file", "-", code=2, stdin=text)
+    assert where in refused.stderr
+
+
 def test_structures_may_be_written_as_yaml(here: Run, tmp_path: Path) -> None:
     """As the reference takes them."""
     file = tmp_path / "config.yaml"
