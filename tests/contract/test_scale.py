@@ -48,7 +48,10 @@ async def worlds(tmp_path: Path) -> AsyncIterator[tuple[ApiWorld, ApiWorld]]:
     async with open_world(tmp_path / "few") as few, open_world(tmp_path / "many") as many:
         await fill(few.store, FEW)
         await fill(many.store, MANY)
+        gc.collect()
+        gc.freeze()  # as the daemon does; what all the tests before have left is not looked through meanwhile
         yield few, many
+        gc.unfreeze()
 
 
 async def cost_s(world: ApiWorld, path: str) -> float:
@@ -71,7 +74,7 @@ async def test_a_page_of_many_costs_no_more_than_twice_a_page_of_few(worlds: tup
         ratios[query.removeprefix(MODELS)] = round(of_many / of_few, 2)
         worst[query.removeprefix(MODELS)] = _p99_ms([many_s for _, many_s in times])
     print(f"\na page of 100 of {MANY} against one of {FEW}: {ratios}; p99 in ms: {worst}")
-    assert {query: ms for query, ms in worst.items() if ms > 50} == {}
+    assert {query: ms for query, ms in worst.items() if ms > 20} == {}
     assert {query: ratio for query, ratio in ratios.items() if ratio > 2} == {}
 
 

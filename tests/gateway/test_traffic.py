@@ -76,23 +76,23 @@ async def test_a_stream_is_timed_from_its_first_byte(door: Door, engine: FakeEng
 
 
 async def test_the_reply_says_how_long_it_was_with_us(door: Door, engine: FakeEngine) -> None:
-    engine.faults = Faults(first_byte_delay_s=0.2)
+    engine.faults = Faults(first_byte_delay_s=0.5)
     reply = await door.ask("POST", OPENAI, QWEN)
     overhead_ms = float(reply.headers["x-nimhost-overhead-ms"])
-    assert 0 < overhead_ms < 100
+    assert 0 < overhead_ms < 400
     (one,) = await logged(door)
     assert one["overhead_ms"] == overhead_ms
-    assert one["first_byte_ms"] > 200
+    assert one["first_byte_ms"] > 500
 
 
 async def test_a_slow_upload_is_not_our_time(door: Door) -> None:
     reader, writer = await door.open("POST", OPENAI, QWEN[:20], [f"Content-Length: {len(QWEN)}"])
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.5)
     writer.write(QWEN[20:])
     assert b" 200 OK" in await reader.readline()
     writer.close()
     (one,) = await logged(door)
-    assert one["overhead_ms"] < 100 < one["total_ms"]
+    assert one["overhead_ms"] < 400 < one["total_ms"]
 
 
 async def test_the_request_id_goes_to_the_engine_and_back(door: Door, engine: FakeEngine) -> None:
