@@ -67,9 +67,10 @@ def _too_many(d: Desired, there: int, problem: str | None) -> BadRequest:
 
 
 def _fewer_gpus(there: int, problem: str | None) -> str:
+    without = "Deploy without one: --gpu 0, in a config gpu: 0 of executor_config"
     if problem:
-        return "See what there is with: nimhost gpus, and nvidia-smi. To deploy without a GPU: --gpu 0"
-    return "See what is there with: nimhost gpus" if there else "Deploy without one: --gpu 0"
+        return f"See what there is with: nimhost gpus, and nvidia-smi. {without}"
+    return "See what is there with: nimhost gpus" if there else without
 
 
 def _large_share(d: Desired, totals_bytes: Sequence[int]) -> tuple[str, str] | None:
