@@ -67,7 +67,7 @@ def _too_many(d: Desired, there: int, problem: str | None) -> BadRequest:
 
 
 def _fewer_gpus(there: int, problem: str | None) -> str:
-    without = "Deploy without one: --gpu 0, in a config gpu: 0 of executor_config"
+    without = "Deploy without one: --gpu 0 (in a config: executor_config.gpu = 0)"
     if problem:
         return f"See what there is with: nimhost gpus, and nvidia-smi. {without}"
     return "See what is there with: nimhost gpus" if there else without

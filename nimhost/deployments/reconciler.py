@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from msgspec.structs import replace
@@ -139,7 +139,9 @@ class Reconciler:
             await self._remember_unowned()
             now_s = time.time()
             planned = plan(desired, observed, in_flight, now_s, self._limits)
-            verdicts = tuple(hindered(v, self._hindrance(v, in_flight)) for v in planned)
+            busy = {v.desired.entity.id for v in planned if v.action is not None} | in_flight.keys()
+            self._hindered = {key: why for key, why in self._hindered.items() if key in busy}  # the rest is done
+            verdicts = tuple(hindered(v, self._hindered.get(v.desired.entity.id)) for v in planned)
             await self._on_tick(verdicts, observed)  # routes first: who reads READY finds the way open
             self._unstored = None
             current = [v for v in verdicts if await self._record(v)]
@@ -152,13 +154,6 @@ class Reconciler:
         times = [v.wake_at for v in verdicts if v.wake_at is not None] + list(self._not_before.values())
         longest_s = RESYNC_S if observed.docker_problem is None else RECONNECT_S[1]
         return max(0.05, min([longest_s, *(at - now_s for at in times if at > now_s)]))
-
-    def _hindrance(self, v: Verdict, in_flight: Mapping[str, Action]) -> str | None:
-        """Why what is to be done fails; nothing where nothing is to be done any more, whoever did it."""
-        key = v.desired.entity.id
-        if v.action is None and key not in in_flight:
-            self._hindered.pop(key, None)
-        return self._hindered.get(key)
 
     async def _look(self, desired: tuple[Desired, ...]) -> Observed:
         """Docker that did not answer is left alone for a moment, unless it is heard of: others wake the loop, too."""

@@ -127,7 +127,7 @@ def test_what_is_wrong_with_the_driver_is_said_where_gpus_are_missing() -> None:
     assert "nimhost gpus" in str(refused.value.hint)
     with pytest.raises(BadRequest) as refused:
         check_wish(vllm(known.QWEN3_1_7B), (), None, False)
-    assert refused.value.hint == "Deploy without one: --gpu 0, in a config gpu: 0 of executor_config"
+    assert refused.value.hint == "Deploy without one: --gpu 0 (in a config: executor_config.gpu = 0)"
 
 
 # --- memory that somebody else holds

@@ -158,24 +158,31 @@ async def test_an_engine_that_was_removed_between_two_looks_starts_again_and_its
     assert [entry["status"] for entry in history if said in entry["status_message"]] == ["PENDING"], history
 
 
-@pytest.mark.fault(4)
-async def test_a_container_that_docker_does_not_remove_is_told_and_tried_again(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nimhost.deployments.reconciler.AFTER_ERROR_S", 0.05)
-    await world.deploy("one")
-    await world.wait("one", "READY")
+IN_VAIN = "It is tried again: Docker: cannot remove container: permission denied. See: dmesg"
+
+
+async def stop_in_vain(world: World, patch: pytest.MonkeyPatch) -> None:
+    """`one` is to stop, and Docker refuses to remove its container."""
 
     async def refusing(container_id: str) -> None:
         raise DockerError("Docker: cannot remove container: permission denied", "See: dmesg")
 
+    patch.setattr("nimhost.deployments.reconciler.AFTER_ERROR_S", 0.05)
+    patch.setattr(world.docker, "remove", refusing)
+    await world.deploy("one")
+    await world.wait("one", "READY")
+    await world.http.post(f"{MODELS}/deployments/one/stop")
+    await world.wait("one", "PENDING", IN_VAIN)
+
+
+@pytest.mark.fault(4)
+async def test_a_container_that_docker_does_not_remove_is_told_and_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(world.docker, "remove", refusing)
-        await world.http.post(f"{MODELS}/deployments/one/stop")
-        said = "It is tried again: Docker: cannot remove container: permission denied. See: dmesg"
-        await world.wait("one", "PENDING", said)
+        await stop_in_vain(world, patch)
         await world.delete("one")
-        await world.wait("one", "DELETING", said)
+        await world.wait("one", "DELETING", IN_VAIN)
     await world.gone("one")
 
 
@@ -183,20 +190,10 @@ async def test_a_container_that_docker_does_not_remove_is_told_and_tried_again(
 async def test_a_container_that_docker_did_not_remove_and_somebody_else_did_is_not_tried_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nimhost.deployments.reconciler.AFTER_ERROR_S", 0.05)
-    await world.deploy("one")
-    await world.wait("one", "READY")
+    await stop_in_vain(world, monkeypatch)
     (container,) = world.docker.containers
-
-    async def refusing(container_id: str) -> None:
-        raise DockerError("Docker: cannot remove container: permission denied")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(world.docker, "remove", refusing)
-        await world.http.post(f"{MODELS}/deployments/one/stop")
-        await world.wait("one", "PENDING", "It is tried again: Docker: cannot remove container")
-        await world.docker._remove(container)
-        await world.wait("one", "PENDING", "Stopped. Start it with: nimhost start one")
+    await world.docker._remove(container)
+    await world.wait("one", "PENDING", "Stopped. Start it with: nimhost start one")
     await quiet(world)
     stopped = await world.wait("one", "PENDING")
     assert "tried again" not in stopped["status_message"]
